@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entries: the wanted facts of the kernel, as inert values.
+
+An entry names its device, never its index: what it means does not change when the device is made anew.
+Two entries of one type with the same *slot* cannot both stand; everything else about them can be changed
+in place. ``str(entry)`` is how ``ip`` and ``bridge`` print the same thing.
+"""
+
+from collections.abc import Hashable
+
+import msgspec
+
+from loden.address import Prefix, format_address
+
+
+def format_mac(mac: bytes) -> str:
+    """A link-layer address as lower-case colon hex."""
+    return mac.hex(":")
+
+
+class Entry(msgspec.Struct, frozen=True, gc=False):
+    """One wanted fact; see the subclasses."""
+
+    @property
+    def slot(self) -> Hashable:
+        """The place the entry takes among those of its own type."""
+        raise NotImplementedError
+
+
+class VxlanLink(Entry, frozen=True, gc=False):
+    """A VXLAN device (COMPAT §7.3), administratively up.
+
+    Args:
+        name: such as ``flannel.1``.
+        vni: the VXLAN network identifier.
+        local: the outer source address, packed; its family is the underlay's.
+        underlay: the name of the lower device.
+        mtu: of the device itself: the underlay's less the encapsulation, bytes.
+        mac: the VTEP's address.
+        port: the UDP port; 0 leaves it to the kernel, whose default is 8472.
+        gbp: carry group policy marks (``VXLAN_F_GBP``).
+        learning: let the device learn remote VTEPs from packets.
+    """
+
+    name: str
+    vni: int
+    local: bytes
+    underlay: str
+    mtu: int
+    mac: bytes
+    port: int = 0
+    gbp: bool = False
+    learning: bool = False
+
+    @property
+    def slot(self) -> Hashable:
+        return self.name
+
+    def __str__(self) -> str:
+        local = format_address(self.local)
+        return f"link {self.name} type vxlan id {self.vni} local {local} dev {self.underlay}"
+
+
+class LinkAddress(Entry, frozen=True, gc=False):
+    """An address on a device.
+
+    Args:
+        device: its name.
+        address: packed.
+        length: of the prefix, bits.
+    """
+
+    device: str
+    address: bytes
+    length: int
+
+    @property
+    def slot(self) -> Hashable:
+        return self.device, self.address, self.length
+
+    def __str__(self) -> str:
+        return f"address {format_address(self.address)}/{self.length} dev {self.device}"
+
+
+class Neighbour(Entry, frozen=True, gc=False):
+    """A permanent neighbour: which link-layer address an address on a device has.
+
+    Args:
+        device: its name.
+        address: packed.
+        mac: 6 bytes.
+    """
+
+    device: str
+    address: bytes
+    mac: bytes
+
+    @property
+    def slot(self) -> Hashable:
+        return self.device, self.address
+
+    def __str__(self) -> str:
+        return f"neigh {format_address(self.address)} lladdr {format_mac(self.mac)} dev {self.device}"
+
+
+class FdbEntry(Entry, frozen=True, gc=False):
+    """A permanent forwarding entry of a VXLAN device: behind which underlay address a VTEP lives.
+
+    Args:
+        device: its name.
+        mac: the VTEP's, 6 bytes.
+        remote: the underlay address, packed.
+    """
+
+    device: str
+    mac: bytes
+    remote: bytes
+
+    @property
+    def slot(self) -> Hashable:
+        return self.device, self.mac
+
+    def __str__(self) -> str:
+        return f"fdb {format_mac(self.mac)} dst {format_address(self.remote)} dev {self.device}"
+
+
+class Route(Entry, frozen=True, gc=False):
+    """A unicast route of the main table, with the default metric.
+
+    Args:
+        dst: the destination.
+        device: the outgoing device's name.
+        via: the next router, packed, of the destination's family; None for an on-link destination.
+        onlink: take the router as reachable on the device, whatever the device's own addresses say.
+    """
+
+    dst: Prefix
+    device: str
+    via: bytes | None = None
+    onlink: bool = False
+
+    @property
+    def slot(self) -> Hashable:
+        return self.dst
+
+    def __str__(self) -> str:
+        via = f" via {format_address(self.via)}" if self.via else ""
+        return f"route {self.dst}{via} dev {self.device}{' onlink' if self.onlink else ''}"
+
+
+class Blackhole(Entry, frozen=True, gc=False):
+    """A route of the main table that drops what no better route takes (COMPAT §9.3).
+
+    Args:
+        dst: the destination.
+    """
+
+    dst: Prefix
+
+    @property
+    def slot(self) -> Hashable:
+        return self.dst
+
+    def __str__(self) -> str:
+        return f"route blackhole {self.dst}"
+
+
+class Sysctl(Entry, frozen=True, gc=False):
+    """A kernel setting.
+
+    Args:
+        path: below ``/proc/sys``, with slashes: a device's name may hold dots.
+        value: as text.
+    """
+
+    path: str
+    value: str
+
+    @property
+    def slot(self) -> Hashable:
+        return self.path
+
+    def __str__(self) -> str:
+        return f"sysctl {self.path}={self.value}"
