@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one loop that keeps tables equal to what is wanted.
+
+What is wanted comes from *owners* (a lease's key, the host itself): each owner's entries are replaced as a
+whole, and the union of all is what shall stand. The loop then does one of two things:
+
+- *settle*: put and drop the slots that changed, or that a notification says have drifted;
+- *look*: read every table, compare with what is wanted, and mend the difference. The first look of an agent's
+  life is its recovery: it finds what a dead agent left and removes what nobody wants any more.
+
+In both, entries are put in the order of the tables (a route needs its device) and dropped in reverse order,
+after all puts: the new way stands before the old one goes. A look reads each table when those before it are
+mended, because what stood on a device goes with it. An entry that fails is retried alone.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import msgspec
+
+from loden.errors import KernelError, LodenError
+from loden.retry import Backoff, Trouble
+from loden.tables.base import LOOK, Failures, Table
+from loden.tables.entries import Entry
+from loden.tables.netlink import Message
+
+log = logging.getLogger(__name__)
+
+LOOK_INTERVAL_S = 60.0
+_RETRY_FIRST_S, _RETRY_MOST_S = 0.1, 30.0
+#: Between two repairs of drift: somebody who undoes ours at once must not make us spin.
+_DRIFT_SPACING_S = 0.2
+_NAMED_IN_LOG = 3
+
+Clock = Callable[[], float]
+
+
+class Statistics(msgspec.Struct, frozen=True):
+    """A reconciler's counters.
+
+    Args:
+        wanted: entries that shall stand.
+        failing: entries that cannot be put or dropped now.
+        drifted: entries that were not as wanted and were put back, since the start.
+        looks: complete readings, since the start.
+    """
+
+    wanted: int
+    failing: int
+    drifted: int
+    looks: int
+
+
+class _Retry(msgspec.Struct):
+    entry: Entry
+    error: KernelError
+    due: float
+    delay_s: float
+
+
+class Wanted:
+    """The union of what all owners want, for one type of entry.
+
+    Two owners may want the same slot (two leases that name one VTEP): the first keeps it, and the other gets
+    it when the first lets go.
+    """
+
+    def __init__(self) -> None:
+        self.slots: dict[Hashable, Entry] = {}
+        self._rivals: dict[Hashable, dict[Hashable, Entry]] = {}
+
+    def add(self, owner: Hashable, slot: Hashable, entry: Entry) -> Entry:
+        """Want an entry in a slot; the entry that keeps it, which may be another owner's."""
+        if slot not in self.slots:
+            self.slots[slot] = entry
+        else:
+            self._rivals.setdefault(slot, {})[owner] = entry
+        return self.slots[slot]
+
+    def remove(self, owner: Hashable, slot: Hashable) -> None:
+        """Want nothing in a slot any more on behalf of one owner."""
+        rivals = self._rivals.get(slot)
+        if rivals is None:
+            self.slots.pop(slot, None)
+            return
+        if owner in rivals:
+            del rivals[owner]
+        else:
+            heir = next(iter(rivals))
+            self.slots[slot] = rivals.pop(heir)
+        if not rivals:
+            del self._rivals[slot]
+
+
+class Reconciler:
+    """Keeps tables equal to what is wanted.
+
+    Args:
+        tables: in the order in which entries depend on each other.
+        clock: monotonic seconds.
+        look_interval_s: between complete readings.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[Table[Any]],
+        *,
+        clock: Clock = time.monotonic,
+        look_interval_s: float = LOOK_INTERVAL_S,
+    ) -> None:
+        self._tables = tuple(tables)
+        self._clock = clock
+        self._look_interval_s = look_interval_s
+        self._wanted: dict[type[Entry], Wanted] = {table.entry_type: Wanted() for table in self._tables}
+        self._owned: dict[Hashable, tuple[Entry, ...]] = {}
+        # Slots to put or drop, with the entry that stood or shall stand there.
+        self._dirty: dict[type[Entry], dict[Hashable, Entry]] = {
+            table.entry_type: {} for table in self._tables
+        }
+        self._retries: dict[tuple[type[Entry], Hashable], _Retry] = {}
+        self._drift: dict[type[Entry], dict[Hashable, Entry]] = {
+            table.entry_type: {} for table in self._tables
+        }
+        self._wake = asyncio.Event()
+        self._look_due = float("inf")
+        self._drift_due = 0.0  # repairs of drift wait until then
+        self._lock = asyncio.Lock()  # tables are used by one task at a time
+        self._drifted = 0
+        self._looks = 0
+
+    @property
+    def statistics(self) -> Statistics:
+        return Statistics(
+            wanted=sum(len(wanted.slots) for wanted in self._wanted.values()),
+            failing=len(self._retries),
+            drifted=self._drifted,
+            looks=self._looks,
+        )
+
+    @property
+    def problems(self) -> Mapping[str, str]:
+        """Entries that cannot be put or dropped now, as text, each with the reason."""
+        return {str(retry.entry): str(retry.error) for retry in self._retries.values()}
+
+    def want(self, owner: Hashable, entries: Iterable[Entry]) -> None:
+        """Make these the owner's entries, in place of what it wanted before; none lets go of all.
+
+        Takes effect with the next :meth:`settle` or in :meth:`run`. Does not block.
+
+        Args:
+            owner: on whose behalf.
+            entries: no two of one type in the same slot.
+        """
+        old = self._owned.get(owner, ())
+        new = tuple(entries)
+        if old == new:
+            return
+        self._owned[owner] = new
+        if not new:
+            del self._owned[owner]
+        for entry in old:
+            kind, slot = type(entry), entry.slot
+            # What stands is the first that was wanted since the last time, a rival's perhaps: to drop any
+            # other would be refused, and taken for done.
+            self._dirty[kind].setdefault(slot, self._wanted[kind].slots[slot])
+            self._wanted[kind].remove(owner, slot)
+        for entry in new:
+            kind, slot = type(entry), entry.slot
+            standing = self._wanted[kind].add(owner, slot, entry)
+            if standing != entry:
+                log.warning("contested entry=%r owner=%r keeps=%r", str(entry), owner, str(standing))
+            self._dirty[kind].setdefault(slot, entry)
+        self._wake.set()
+
+    @property
+    def owners(self) -> frozenset[Hashable]:
+        """Who wants anything now."""
+        return frozenset(self._owned)
+
+    def hear(self, message: Message) -> None:
+        """Take note of a change that somebody else made. Does not block."""
+        for table in self._tables:
+            slots = self._wanted[table.entry_type].slots
+            slot = table.heard(message, slots)
+            if slot is LOOK:
+                self.look_soon()
+            elif slot is not None:
+                self._mark_drifted(table.entry_type, slots[slot])
+
+    def look_soon(self) -> None:
+        """Read everything again as soon as the spacing of repairs allows."""
+        self._look_due = min(self._look_due, max(self._clock(), self._drift_due))
+        self._wake.set()
+
+    def failures(self, owner: Hashable) -> list[KernelError]:
+        """What does not stand, of what one owner wants."""
+        keys = ((type(entry), entry.slot) for entry in self._owned.get(owner, ()))
+        return [self._retries[key].error for key in keys if key in self._retries]
+
+    async def settle(self) -> None:
+        """Put and drop what changed, drifted or is to be tried again; see :meth:`failures`."""
+        async with self._lock:
+            self._requeue()
+            work, self._dirty = self._dirty, {table.entry_type: {} for table in self._tables}
+            for table in self._tables:
+                has_put = await self._put(table, work[table.entry_type])
+                if has_put and table is self._tables[0]:
+                    self.look_soon()  # what stood on a device that had to be made anew went with it
+            for table in reversed(self._tables):
+                if work[table.entry_type]:
+                    await self._drop(table, work[table.entry_type])
+
+    async def look(self) -> None:
+        """Read every table and mend every difference.
+
+        Raises:
+            KernelError: a table cannot be read.
+        """
+        async with self._lock:
+            garbage: dict[type[Entry], dict[Hashable, Entry]] = {}
+            for table in self._tables:
+                kind = table.entry_type
+                self._drift[kind].clear()
+                if table is self._tables[0]:
+                    # What was heard so far is about what stood before, and all tables are yet to be read. Not
+                    # later: what is heard while devices are read or put may be that one went again.
+                    self._look_due = self._clock() + self._look_interval_s
+                found = await table.read(self._wanted[kind].slots)
+                missing, garbage[kind] = self._difference(kind, found)
+                # That is the difference to what is wanted now: nothing is left to settle.
+                self._dirty[kind] = {}
+                await self._put(table, missing)
+            self._looks += 1
+            for table in reversed(self._tables):
+                await self._drop(table, garbage[table.entry_type])
+            self._drift_due = self._clock() + _DRIFT_SPACING_S
+
+    async def run(self) -> None:
+        """Keep the tables as wanted, for ever; the first thing is a look."""
+        self._look_due = self._clock()
+        trouble = Trouble(log, "reading the kernel's tables")
+        backoff = Backoff(first_s=_RETRY_FIRST_S, most_s=_RETRY_MOST_S)
+        while True:
+            await self._wait()
+            try:
+                if self._look_due <= self._clock():
+                    await self.look()
+                    trouble.ended()
+                    backoff.reset()
+                await self.settle()
+            except LodenError as error:
+                trouble.happened(error)
+                self._look_due = self._clock() + backoff.next_s()
+
+    def _mark_drifted(self, kind: type[Entry], entry: Entry) -> None:
+        slot = entry.slot
+        retry = self._retries.get((kind, slot))
+        if retry is not None:  # what was in the way may be gone
+            retry.due = min(retry.due, self._clock() + _DRIFT_SPACING_S)
+        elif slot not in self._dirty[kind]:
+            self._drift[kind][slot] = entry
+        self._wake.set()
+
+    def _difference(
+        self, kind: type[Entry], found: Mapping[Hashable, Entry]
+    ) -> tuple[dict[Hashable, Entry], dict[Hashable, Entry]]:
+        """The slots of one table that are not as wanted, and what it holds that nobody wants."""
+        wanted = self._wanted[kind].slots
+        pending = self._dirty[kind]
+        missing = {slot: entry for slot, entry in wanted.items() if found.get(slot) != entry}
+        garbage = {slot: entry for slot, entry in found.items() if slot not in wanted}
+        known = {slot for other, slot in self._retries if other is kind}
+        drifted = [entry for slot, entry in missing.items() if slot not in pending and slot not in known]
+        if drifted and self._looks:
+            self._say_drifted(drifted)
+        strays = [entry for slot, entry in garbage.items() if slot not in pending and slot not in known]
+        if strays:
+            log.info("garbage count=%d entries=%s: removing what nobody wants", len(strays), _some(strays))
+        return missing, garbage
+
+    async def _put(self, table: Table[Any], slots: Iterable[Hashable]) -> bool:
+        """Put what is wanted in these slots; whether any of it had to be put and was."""
+        wanted = self._wanted[table.entry_type].slots
+        puts = [wanted[slot] for slot in slots if slot in wanted]
+        if not puts:
+            return False
+        failures = await _attempt(table.put, puts)
+        self._note(table.entry_type, puts, failures)
+        return len(failures) < len(puts)
+
+    async def _drop(self, table: Table[Any], slots: Mapping[Hashable, Entry]) -> None:
+        """Drop what nobody wants in these slots; a table may have to tidy up even where that is nothing."""
+        wanted = self._wanted[table.entry_type].slots
+        drops = [entry for slot, entry in slots.items() if slot not in wanted]
+        self._note(table.entry_type, drops, await _attempt(table.drop, drops))
+
+    def _note(self, kind: type[Entry], entries: Sequence[Entry], failures: Failures) -> None:
+        """Remember what failed, forget what did not fail any more; say either once."""
+        fresh: list[KernelError] = []
+        mended: list[Entry] = []
+        for entry in entries:
+            key = (kind, entry.slot)
+            before = self._retries.pop(key, None)
+            error = failures.get(entry.slot)
+            if error is None:
+                if before is not None:
+                    mended.append(before.entry)
+                continue
+            if before is None or (before.error is not error and str(before.error) != str(error)):
+                fresh.append(error)
+            delay_s = _RETRY_FIRST_S if before is None else min(before.delay_s * 2, _RETRY_MOST_S)
+            self._retries[key] = _Retry(entry, error, self._clock() + delay_s, delay_s)
+        if fresh:
+            log.error("refused count=%d errors=%s: trying again", len(fresh), _some(dict.fromkeys(fresh)))
+        if mended:
+            log.info("mended count=%d entries=%s", len(mended), _some(mended))
+
+    def _requeue(self) -> None:
+        """What drifted, and what failed long enough ago, is to be put or dropped again."""
+        now = self._clock()
+        for (kind, slot), retry in self._retries.items():
+            if retry.due <= now:
+                self._dirty[kind].setdefault(slot, retry.entry)
+        drifted = [entry for slots in self._drift.values() for entry in slots.values()]
+        if not drifted or self._drift_due > now:
+            return
+        self._drift_due = now + _DRIFT_SPACING_S
+        self._say_drifted(drifted)
+        for kind, slots in self._drift.items():
+            for slot, entry in slots.items():
+                self._dirty[kind].setdefault(slot, entry)
+            slots.clear()
+
+    def _say_drifted(self, entries: Sequence[Entry]) -> None:
+        self._drifted += len(entries)
+        log.warning(
+            "drift count=%d total=%d entries=%s: somebody changed or removed them, putting them back",
+            len(entries), self._drifted, _some(entries),
+        )  # fmt: skip
+
+    async def _wait(self) -> None:
+        due = min([self._look_due, *(retry.due for retry in self._retries.values())])
+        if any(self._drift.values()):
+            due = min(due, self._drift_due)
+        if any(self._dirty.values()):
+            due = 0.0
+        remaining = due - self._clock()
+        if remaining > 0:
+            try:
+                async with asyncio.timeout(remaining):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+        self._wake.clear()
+
+
+async def _attempt(
+    change: Callable[[Sequence[Entry]], Awaitable[Failures]], entries: Sequence[Entry]
+) -> Failures:
+    """What failed of a change: all of it where the table cannot be worked with at all."""
+    try:
+        return await change(entries)
+    except KernelError as error:
+        return {entry.slot: error for entry in entries}
+
+
+def _some(things: Collection[object]) -> str:
+    """A few of many, for one line of the log."""
+    listed = "; ".join(str(thing) for thing in islice(things, _NAMED_IN_LOG))
+    rest = len(things) - _NAMED_IN_LOG
+    return repr(listed + (f"; and {rest} more" if rest > 0 else ""))
