@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a backend is: it turns leases into entries, and does nothing else."""
+
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
+
+import msgspec
+
+from loden.address import Family
+from loden.interface import Hop, HostFacts, Underlay
+from loden.lease import Leg
+from loden.network import Network
+from loden.tables.entries import Entry
+
+
+class Host(msgspec.Struct, frozen=True):
+    """What a backend may know of the host it works on.
+
+    Args:
+        network: the cluster's configuration.
+        underlay: the chosen interface and addresses.
+        facts: what the host has, read once at the start.
+    """
+
+    network: Network
+    underlay: Underlay
+    facts: HostFacts
+
+
+class Backend(Protocol):
+    """How packets get from host to host.
+
+    Made once for a host, from values alone; its methods are pure and called for one address family at a time.
+    Options are the members of ``Backend`` in the network configuration, decoded into :attr:`Options`.
+
+    Raises (when made):
+        ConfigError: the options or the host do not fit.
+    """
+
+    #: The backend's own configuration: a frozen struct whose encoded names are flannel's.
+    Options: ClassVar[type[msgspec.Struct]]
+
+    #: ``BackendType`` in leases; a peer whose lease says otherwise gets no entries (COMPAT §2.3).
+    lease_type: ClassVar[str]
+
+    def __init__(self, host: Host, options: msgspec.Struct) -> None: ...
+
+    @property
+    def needs_hops(self) -> bool:
+        """Whether :meth:`entries` has to know where the kernel would send packets to a peer's address."""
+        ...
+
+    @property
+    def mtu(self) -> int:
+        """What a container may send, bytes (COMPAT §5)."""
+        ...
+
+    def data(self, family: Family) -> bytes | None:
+        """What peers must know besides the public address: ``BackendData`` as compact JSON."""
+        ...
+
+    def own_entries(self, leg: Leg) -> Sequence[Entry]:
+        """What stands on this host for its own lease: devices and their addresses."""
+        ...
+
+    def entries(self, leg: Leg, hop: Hop | None) -> Sequence[Entry]:
+        """What carries packets to a peer.
+
+        Args:
+            leg: of the peer's lease.
+            hop: where the kernel would send packets for the peer's public address; None where it has no
+                route, where the address is our own, or where :attr:`needs_hops` is false.
+
+        Raises:
+            PeerUnreachable: there is no way, and this is why.
+            MalformedLease: the peer's data are not this backend's.
+        """
+        ...
