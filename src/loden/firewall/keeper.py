@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps the rules standing: writes them, looks whether they still are as written, puts them back."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from loden.errors import FirewallError, KernelError
+from loden.firewall.choice import choose, take_census
+from loden.firewall.iptables import Iptables
+from loden.firewall.leftovers import Leftovers
+from loden.firewall.nfnetlink import Nftables as Kernel
+from loden.firewall.nftables import Nftables
+from loden.firewall.programs import Change, Kind, find_programs
+from loden.firewall.rules import RuleSet
+from loden.retry import Backoff, Trouble
+
+log = logging.getLogger(__name__)
+
+#: From a notification to the look it asks for, so that somebody who changes rules all the time costs us a
+#: hundredth of a core and no more.
+_SPACING_S = 0.3
+_SAID_SPACING_S = 5.0
+#: To write; to find that somebody else wrote at the same time, and write again; to see that it stands.
+_PASSES = 3
+_RETRY_FIRST_S, _RETRY_MOST_S = 0.5, 30.0
+
+
+class Tool(Protocol):
+    """A way to change the firewall."""
+
+    async def difference(self, wanted: Sequence[RuleSet]) -> list[Change]:
+        """What to change so that these chains are as wanted; those without rules shall not be there."""
+        ...
+
+
+class Statistics(msgspec.Struct, frozen=True):
+    """What the keeper has seen.
+
+    Args:
+        tool: in use, or empty.
+        is_standing: whether the rules stood when last looked at.
+        repairs: how often they had to be put back.
+        looks: how often they were listed.
+    """
+
+    tool: str
+    is_standing: bool
+    repairs: int
+    looks: int
+
+
+class Firewall:
+    """The rules of the network namespace of the thread that makes it.
+
+    Args:
+        enable_nftables: what the network's configuration says.
+        resync_s: seconds between looks; with nft, notifications of the kernel's come before that.
+    """
+
+    def __init__(self, *, enable_nftables: bool = False, resync_s: float = 5.0) -> None:
+        self._enable_nftables = enable_nftables
+        self._resync_s = resync_s
+        self._wanted: tuple[RuleSet, ...] = ()
+        self._settled: tuple[RuleSet, ...] | None = ()  # what was made to stand
+        self._kind: Kind | None = None
+        self._tools: dict[Kind, Tool] = {}
+        self._verified: int | None = None  # the state of nftables in which our rules stood
+        self._heard: tuple[str, ...] = ()
+        self._wake = asyncio.Event()
+        self._is_standing = False
+        self._repairs = self._looks = 0
+        self._said = float("-inf")  # when drift was said last
+        try:
+            self._kernel: Kernel | None = Kernel()
+        except (OSError, KernelError) as error:
+            log.info("nftables of this kernel cannot be listened to: %s", error)
+            self._kernel = None
+
+    def close(self) -> None:
+        """Close the sockets; the rules stay. Idempotent."""
+        if self._kernel is not None:
+            self._kernel.close()
+
+    @property
+    def statistics(self) -> Statistics:
+        return Statistics(self._kind or "", self._is_standing, self._repairs, self._looks)
+
+    def want(self, wanted: Sequence[RuleSet]) -> None:
+        """Make these the rules, of :func:`loden.firewall.rules.make_rules`, in place of all earlier ones.
+
+        Takes effect with the next :meth:`settle` or in :meth:`run`. Does not block.
+        """
+        new = tuple(wanted)
+        if new != self._wanted:
+            self._wanted, self._settled = new, None
+            self._wake.set()
+
+    async def run(self) -> None:
+        """Keep the rules standing, for ever; what does not work is said once, and tried again."""
+        loop = asyncio.get_running_loop()
+        trouble = Trouble(log, "keeping the firewall's rules")
+        backoff = Backoff(first_s=_RETRY_FIRST_S, most_s=_RETRY_MOST_S)
+        if self._kernel is not None:
+            loop.add_reader(self._kernel.fileno(), self._hear)
+        try:
+            while True:
+                self._wake.clear()
+                try:
+                    await self.settle()
+                except FirewallError as error:
+                    trouble.happened(error)
+                    await self._wait(backoff.next_s())
+                else:
+                    trouble.ended()
+                    backoff.reset()
+                    await self._wait(self._resync_s)
+        finally:
+            if self._kernel is not None:
+                loop.remove_reader(self._kernel.fileno())
+
+    async def settle(self) -> None:
+        """Make what is wanted stand, and remove our rules from wherever else they are.
+
+        Raises:
+            FirewallError: it does not stand.
+        """
+        wanted = self._wanted
+        is_new = wanted != self._settled
+        if not is_new and self._verified is not None and self._verified == self._generation():
+            return
+        self._is_standing = False
+        if is_new:
+            await self._equip(wanted)
+        sets = wanted if is_new else tuple(one for one in wanted if one.rules)
+        if self._kind is not None:
+            await self._make_stand(self._tools[self._kind], sets, is_new=is_new)
+        if is_new:
+            # Only now: the new rules stand before the old ones go.
+            await self._clean(wanted)
+            self._settled = wanted
+        self._is_standing = True
+
+    async def _equip(self, wanted: Sequence[RuleSet]) -> None:
+        """Find the tools, and choose one if there are rules to write."""
+        programs = await find_programs()
+        usable = {program.kind: program for program in programs if not program.flaw}
+        self._tools = {
+            kind: Nftables(program) if kind is Kind.NFT else Iptables(program)
+            for kind, program in usable.items()
+        }
+        if Kind.NFT in usable:
+            self._tools.setdefault(Kind.IPTABLES_NFT, Leftovers(usable[Kind.NFT]))
+        before, self._kind = self._kind, None
+        if any(one.rules for one in wanted):
+            census = await take_census(programs, self._kernel)
+            choice = choose(programs, census, enable_nftables=self._enable_nftables)
+            self._kind = choice.program.kind
+            if self._kind is not before:
+                log.info("firewall tool=%s path=%s: %s", self._kind, choice.program.path, choice.reason)
+
+    async def _make_stand(self, tool: Tool, sets: Sequence[RuleSet], *, is_new: bool) -> None:
+        for turn in range(_PASSES):
+            generation = self._generation()
+            changes = await tool.difference(sets)
+            self._looks += 1
+            if not changes:
+                self._verified = generation
+                self._take_culprits()  # our own programs among them
+                return
+            if turn == 0 and not is_new:
+                self._repairs += 1
+                self._say_drifted()
+            for change in changes:
+                await change.apply()
+            if turn == 0 and is_new:
+                log.info("firewall rules written tool=%s transactions=%d", self._kind, len(changes))
+        culprits = " ".join(self._take_culprits()) or "not known which"
+        raise FirewallError(
+            f"keep rules with {self._kind}: they were written {_PASSES} times and do not stand",
+            hint=f"another program changes them at once: {culprits}",
+        )
+
+    def _say_drifted(self) -> None:
+        """Once in a while is enough where somebody undoes ours again and again."""
+        culprits = " ".join(self._take_culprits())
+        now = time.monotonic()
+        if now - self._said >= _SAID_SPACING_S:
+            self._said = now
+            log.warning(
+                "firewall drift total=%d tool=%s changed_by=%s: putting our rules back",
+                self._repairs, self._kind, culprits or "?",
+            )  # fmt: skip
+
+    async def _clean(self, wanted: Sequence[RuleSet]) -> None:
+        """Remove our rules from the tools that are not in use."""
+        nothing = [RuleSet(one.family, one.purpose) for one in wanted]
+        for kind, tool in self._tools.items():
+            if kind is self._kind:
+                continue
+            changes = await tool.difference(nothing)
+            if changes:
+                log.warning("firewall rules of ours found in %s: removing them", kind)
+            for change in changes:
+                await change.apply()
+
+    def _generation(self) -> int | None:
+        """The state of what the tool in use writes to, where the kernel can tell."""
+        if self._kernel is None or self._kind in (None, Kind.IPTABLES_LEGACY):
+            return None
+        return self._kernel.generation()
+
+    def _hear(self) -> None:
+        """Somebody changed nftables. With iptables the look can wait: kube-proxy changes it all the time."""
+        if self._kernel is not None:
+            self._heard = (*self._heard, *self._kernel.take_culprits())[-_PASSES:]
+        if self._kind is Kind.NFT and self._is_standing:
+            self._wake.set()
+
+    def _take_culprits(self) -> tuple[str, ...]:
+        if self._kernel is not None:
+            self._hear()
+        heard, self._heard = self._heard, ()
+        return tuple(dict.fromkeys(heard))
+
+    async def _wait(self, pause_s: float) -> None:
+        """Until the pause is over, other rules are wanted, or a notification is old enough to look."""
+        try:
+            async with asyncio.timeout(pause_s):
+                await self._wake.wait()
+        except TimeoutError:
+            return
+        if self._wanted == self._settled:
+            await asyncio.sleep(_SPACING_S)
