@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process on each host: store → leases → backend → entries → tables.
+
+Start and recovery are the same: find out what the host is to do (:mod:`loden.plan`), take the lease (the one
+this host already holds, if it does), want its entries and write subnet.env, want what every peer's lease asks
+for (:mod:`loden.peers`), and look at the kernel once. What stood stays, what is missing is added, what nobody
+wants goes. Nothing is undone at the end: packets flow without the agent.
+
+No task waits for another one's trouble: a full disk keeps subnet.env from being written, and neither the
+lease from being renewed nor peers from being followed.
+"""
+
+import asyncio
+import logging
+import random
+import signal
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, aclosing
+
+from loden.address import Prefix
+from loden.errors import LodenError, StoreError
+from loden.firewall.keeper import Firewall
+from loden.firewall.rules import make_rules
+from loden.keeper import Keeper
+from loden.lock import one_agent
+from loden.network import Network
+from loden.options import AgentOptions
+from loden.peers import Peers
+from loden.plan import Plan, make_plan, read_network, require_rights
+from loden.reconcile import Reconciler
+from loden.retry import Backoff, Trouble, until_done
+from loden.status.health import serve_health
+from loden.status.systemd import notify
+from loden.stores import open_store
+from loden.stores.acquire import Claim, acquire
+from loden.stores.base import Changes, Record, Snapshot, Store
+from loden.subnet_file import read_previous, render, write_atomic
+from loden.tables import netlink
+from loden.tables.addresses import AddressTable
+from loden.tables.blackholes import BlackholeTable
+from loden.tables.devices import Devices
+from loden.tables.entries import Blackhole, Entry, VxlanLink
+from loden.tables.neighbours import FdbTable, NeighbourTable
+from loden.tables.netlink import Monitor, Netlink
+from loden.tables.routes import RouteTable
+from loden.tables.sysctls import SysctlTable, forwarding, report_unset
+
+log = logging.getLogger(__name__)
+
+# RTNLGRP_LINK, _NEIGH, _IPV4_IFADDR, _IPV4_ROUTE, _IPV6_IFADDR, _IPV6_ROUTE, _IPV4_NETCONF, _IPV6_NETCONF,
+# _NEXTHOP
+_GROUPS = (1, 3, 5, 7, 9, 11, 24, 25, 32)
+_HOST_KINDS = frozenset(
+    (
+        *(netlink.RTM_NEWLINK, netlink.RTM_DELLINK),
+        *(netlink.RTM_NEWADDR, netlink.RTM_DELADDR),
+        *(netlink.RTM_NEWROUTE, netlink.RTM_DELROUTE),
+    )
+)
+_HOST_DEBOUNCE_S = 0.2
+#: What a person mends is tried again so often.
+_PATIENCE_S = 5.0
+# Owners of wanted entries, beside the keys of leases.
+_OWN, _HOST = "own lease", "own host"
+
+
+def run(options: AgentOptions) -> int:
+    """Run the agent until a signal ends it.
+
+    Returns:
+        the exit status: 0 after SIGINT or SIGTERM.
+
+    Raises:
+        LodenError: what starting again cannot mend.
+    """
+    return asyncio.run(_main(options))
+
+
+async def _main(options: AgentOptions) -> int:
+    task = asyncio.current_task()
+    assert task is not None
+    loop = asyncio.get_running_loop()
+
+    def first_signal() -> None:
+        task.cancel()
+        for number in (signal.SIGINT, signal.SIGTERM):  # a second one ends the process at once
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, first_signal)
+    try:
+        await _work(options)
+    except asyncio.CancelledError:
+        log.info("stopped: routes and devices stay, and so does the lease")
+    except BaseExceptionGroup as group:
+        ours, bugs = group.split(LodenError)
+        if bugs is not None or ours is None:
+            raise
+        raise _first(ours) from None
+    return 0
+
+
+def _first(group: BaseExceptionGroup[LodenError]) -> LodenError:
+    error: LodenError | BaseExceptionGroup[LodenError] = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+async def _work(options: AgentOptions) -> None:
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(one_agent())
+        store = open_store(options.store)
+        stack.push_async_callback(store.close)
+        agent: Agent | None = None
+        if options.healthz_port:
+            await stack.enter_async_context(
+                serve_health(
+                    options.healthz_ip, options.healthz_port, lambda: agent is not None and agent.is_ready
+                )
+            )
+        requests = Netlink()
+        stack.callback(requests.close)
+        previous = tuple(read_previous(options.subnet_file).subnets.values())
+        plan, record = await until_done(
+            Trouble(log, "starting"), lambda: _begin(options, store, requests, previous), most_s=_PATIENCE_S
+        )
+        log.info("interface %s: %s", plan.host.underlay.name, plan.host.underlay.reason)
+        for note in plan.notes:
+            log.warning("network configuration: %s", note)
+        agent = Agent(options, store, plan, record, stack)
+        await agent.run()
+
+
+async def _begin(
+    options: AgentOptions, store: Store, requests: Netlink, previous: Sequence[Prefix]
+) -> tuple[Plan, Record]:
+    """Plan, and take a lease. Each try begins with the plan: it may be what was mended."""
+    try:
+        await require_rights(requests)
+        plan = await make_plan(options.selection, await read_network(store), requests)
+        return plan, await acquire(store, plan.claim(previous), rng=random.Random())
+    except LodenError as error:
+        notify(STATUS=f"waiting: {error}")
+        raise
+
+
+class Agent:
+    """One host's part in one network.
+
+    Args:
+        options: what the command line said.
+        store: opened.
+        plan: what was read, chosen and made.
+        record: the lease.
+        stack: closes what the agent opens.
+    """
+
+    def __init__(
+        self, options: AgentOptions, store: Store, plan: Plan, record: Record, stack: AsyncExitStack
+    ) -> None:
+        self._store = store
+        self._plan = plan
+        self._options = options
+        self._keeper = Keeper(store, record, self._claim, margin_s=options.renew_margin_s)
+        # A socket for each task that asks: answers may not mix.
+        lookups, requests = Netlink(), Netlink()
+        self._questions = Netlink()
+        self._monitor = Monitor(_GROUPS, ignore_port=requests.port)
+        self._firewall = Firewall(
+            enable_nftables=plan.host.network.enable_nftables, resync_s=options.firewall.resync_s
+        )
+        for opened in (lookups, requests, self._questions, self._monitor, self._firewall):
+            stack.callback(opened.close)
+        self._devices = Devices(requests)
+        self._reconciler = _reconciler(plan.host.network, requests, self._devices)
+        self._peers = Peers(plan.host.network, plan.backend, self._reconciler, lookups)
+        self._own_changed = asyncio.Event()
+        self._is_published = False
+        self._knows_leases = asyncio.Event()
+        self._host_changed = asyncio.Event()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the lease is ours, stands here and in subnet.env, and the firewall's rules stand."""
+        return self._is_published and self._keeper.is_held and self._firewall.statistics.is_standing
+
+    async def run(self) -> None:
+        """Make the lease stand, reach the peers, and keep everything as it should be, for ever."""
+        self._stand(self._keeper.record)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._publish(), name="subnet file")
+            group.create_task(self._firewall.run(), name="firewall")
+            group.create_task(self._keeper.keep(self._stand), name="own lease")
+            group.create_task(self._follow_leases(), name="leases")
+            group.create_task(self._follow_kernel(), name="kernel")
+            group.create_task(self._reconcile(), name="reconcile")
+            group.create_task(self._follow_host(), name="host")
+
+    def _claim(self, subnets: Sequence[Prefix]) -> Claim:
+        return self._plan.claim(subnets)
+
+    def _stand(self, record: Record) -> None:
+        """Want what our own lease asks for; the tasks do the rest."""
+        plan, subnets = self._plan, [leg.subnet for leg in record.lease.legs]
+        self._devices.follow([plan.host.underlay.name])
+        own = [entry for leg in record.lease.legs for entry in plan.backend.own_entries(leg)]
+        self._reconciler.want(_OWN, own)
+        self._reconciler.want(_HOST, self._host_entries(own, subnets))
+        self._firewall.want(
+            make_rules(
+                self._options.firewall, plan.host.network, {subnet.family: subnet for subnet in subnets}
+            )
+        )
+        self._peers.set_own(record)
+        self._is_published = False
+        self._own_changed.set()
+
+    def _host_entries(self, own: Sequence[Entry], subnets: Sequence[Prefix]) -> list[Entry]:
+        """What serves the fabric and must not hold it up where it does not work."""
+        entries: list[Entry] = []
+        if self._options.blackhole_route:
+            entries += [Blackhole(subnet) for subnet in subnets]
+        tunnels = [entry.name for entry in own if isinstance(entry, VxlanLink)]
+        host = self._plan.host
+        settings = forwarding(host.network.families, underlay=host.underlay.name, tunnels=tunnels)
+        if self._options.manage_sysctls:
+            return [*entries, *settings]
+        report_unset(settings)
+        return entries
+
+    async def _publish(self) -> None:
+        """Write subnet.env for each lease of ours, as soon as it stands on this host."""
+        while True:
+            await self._own_changed.wait()
+            self._own_changed.clear()
+            await until_done(Trouble(log, "setting up this host"), self._settle_own, most_s=_PATIENCE_S)
+            await until_done(Trouble(log, "writing the subnet file"), self._write_file, most_s=_PATIENCE_S)
+            if not self._own_changed.is_set():
+                self._is_published = True
+                notify(READY=1, STATUS=self._status())
+
+    async def _settle_own(self) -> None:
+        await self._reconciler.settle()
+        failures = self._reconciler.failures(_OWN)
+        if failures:
+            raise failures[0]
+
+    async def _write_file(self) -> None:
+        lease, mtu, path = self._keeper.record.lease, self._plan.backend.mtu, self._options.subnet_file
+        masquerade = self._options.firewall.masquerade
+        text = render(self._plan.host.network, lease, mtu=mtu, ip_masq=masquerade)
+        await asyncio.to_thread(write_atomic, path, text)  # a disk may take its time
+        log.info("lease subnet=%s mtu=%d file=%s", lease, mtu, path)
+
+    async def _follow_leases(self) -> None:
+        """Take what the store holds, then what changes; after any failure the same again."""
+        trouble = Trouble(log, "watching the leases")
+        backoff = Backoff(most_s=_PATIENCE_S)
+        while True:
+            try:
+                snapshot = await self._store.snapshot()
+                trouble.ended()
+                self._take(snapshot)
+                self._knows_leases.set()
+                async with aclosing(self._store.watch(snapshot.revision)) as events:
+                    async for news in events:
+                        backoff.reset()
+                        self._take(news)
+            except StoreError as error:
+                trouble.happened(error)
+                await asyncio.sleep(backoff.next_s())
+
+    def _take(self, news: Changes | Snapshot) -> None:
+        self._keeper.hear(news)
+        self._peers.take(news)
+        notify(STATUS=self._status())
+
+    async def _reconcile(self) -> None:
+        # To look before the leases are known would remove what carries packets to every peer.
+        await self._knows_leases.wait()
+        await self._reconciler.run()
+
+    async def _follow_kernel(self) -> None:
+        """Hear what others change in the kernel."""
+        loop = asyncio.get_running_loop()
+        has_come = asyncio.Event()
+        loop.add_reader(self._monitor.fileno(), has_come.set)
+        try:
+            while True:
+                await has_come.wait()
+                has_come.clear()
+                self._hear()
+        finally:
+            loop.remove_reader(self._monitor.fileno())
+
+    def _hear(self) -> None:
+        messages = self._monitor.receive()
+        if messages is None:  # the kernel had more to say than we could take
+            self._reconciler.look_soon()
+            self._host_changed.set()
+            return
+        for message in messages:
+            self._reconciler.hear(message)
+            if message.kind in _HOST_KINDS:
+                self._host_changed.set()
+
+    async def _follow_host(self) -> None:
+        """Plan anew, and ask anew for the way to every peer, when links, addresses or routes changed."""
+        trouble = Trouble(log, "following the host")
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._host_changed.wait()
+            self._host_changed.clear()
+            before = time.monotonic()
+            try:
+                await self._plan_again()
+            except LodenError as error:  # what stands may carry packets yet, and stays
+                trouble.happened(error)
+                loop.call_later(_PATIENCE_S, self._host_changed.set)
+            else:
+                trouble.ended()
+            # On a host whose routes change all the time this takes a twentieth of a core at most.
+            await asyncio.sleep(max(_HOST_DEBOUNCE_S, 20 * (time.monotonic() - before)))
+
+    async def _plan_again(self) -> None:
+        host = self._plan.host
+        plan = await make_plan(self._options.selection, host.network, self._questions, current=host.underlay)
+        changes = host.underlay.differences(plan.host.underlay)
+        if not changes:
+            if plan.backend.needs_hops:
+                self._peers.program()
+            return
+        log.warning("interface changed: %s; the lease is written again, the subnet stays", "; ".join(changes))
+        self._plan = plan
+        self._peers.use(plan.backend)
+        self._stand(self._keeper.record)
+        self._keeper.publish_again()
+
+    def _status(self) -> str:
+        failing = self._reconciler.statistics.failing
+        return f"{self._keeper.record.lease}, {self._peers}, {failing} failing"
+
+
+def _reconciler(network: Network, requests: Netlink, devices: Devices) -> Reconciler:
+    """The kernel's tables, in the order in which entries depend on each other."""
+    networks = [part.network for part in network.ranges]
+    return Reconciler(
+        [
+            devices,
+            SysctlTable(),
+            AddressTable(requests, devices, networks),
+            NeighbourTable(requests, devices),
+            FdbTable(requests, devices),
+            RouteTable(requests, devices),
+            BlackholeTable(requests),
+        ]
+    )

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From leases to entries: what every lease in the store asks of this host.
+
+The one place where a lease meets the backend. What :meth:`Backend.entries` returns for a peer's lease goes,
+under the lease's key, to the reconciler; what it returned before goes.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+
+from loden.backends.base import Backend
+from loden.errors import LeaseError, PeerUnreachable
+from loden.interface import Hop
+from loden.lease import Lease, Leg
+from loden.network import Network
+from loden.reconcile import Reconciler
+from loden.stores.base import Changes, Record, Snapshot
+from loden.stores.changes import difference
+from loden.tables.entries import Entry
+from loden.tables.host import find_hops
+from loden.tables.netlink import Netlink
+
+log = logging.getLogger(__name__)
+
+
+class Peers:
+    """Every lease that is known, our own among them, and which of them cannot be served.
+
+    Args:
+        network: the cluster's configuration.
+        backend: turns leases into entries.
+        reconciler: is told what is wanted.
+        lookups: a socket of our own, to ask the kernel for the way to a peer.
+    """
+
+    def __init__(self, network: Network, backend: Backend, reconciler: Reconciler, lookups: Netlink) -> None:
+        self._families = network.families
+        self._backend = backend
+        self._reconciler = reconciler
+        self._lookups = lookups
+        self._own: Record | None = None
+        self._records: dict[str, Record] = {}
+        self._malformed: dict[str, str] = {}
+        self._refused: dict[str, str] = {}
+
+    def __str__(self) -> str:
+        peers = len(self._records) - (self._own is not None and self._own.key in self._records)
+        return f"{peers} peers, {len(self._refused) + len(self._malformed)} refused"
+
+    def set_own(self, record: Record) -> None:
+        """Say which lease is our own: it is no peer's, and no peer's may overlap it."""
+        self._own = record
+        self.program()
+
+    def use(self, backend: Backend) -> None:
+        """Turn leases into entries by this backend from the next time on."""
+        self._backend = backend
+
+    def take(self, news: Changes | Snapshot) -> None:
+        """Take note of what the store says, and want what follows from it."""
+        if isinstance(news, Snapshot):
+            self._malformed = {
+                key: reason for key, reason in self._malformed.items() if key in news.malformed
+            }
+            news = difference(self._records, news)
+        for key, reason in news.malformed.items():
+            if self._malformed.get(key) != reason:
+                self._malformed[key] = reason
+                log.warning("lease unreadable key=%s: %s; what is known of it stays", key, reason)
+        for key in news.removed:
+            self._records.pop(key, None)
+        self._records.update(news.written)
+        changed = [*news.removed, *news.written]
+        for key in changed:
+            self._malformed.pop(key, None)
+        self._program(changed)
+
+    def program(self) -> None:
+        """Ask anew what every lease asks for: the host, or our own lease, is not what it was."""
+        self._program(list(self._records))
+
+    def _program(self, keys: Sequence[str]) -> None:
+        known = [self._records[key] for key in keys if key in self._records]
+        hops = self._find_hops(record.lease for record in known) if self._backend.needs_hops else {}
+        for key in keys:
+            if key in self._records:
+                self._reconciler.want(key, self._serve(self._records[key], hops))
+            else:
+                self._refused.pop(key, None)
+                self._reconciler.want(key, ())
+
+    def _find_hops(self, leases: Iterable[Lease]) -> Mapping[bytes, Hop | None]:
+        return find_hops(self._lookups, (leg.public for lease in leases for leg in lease.legs if leg.public))
+
+    def _serve(self, record: Record, hops: Mapping[bytes, Hop | None]) -> Sequence[Entry]:
+        """What a lease asks for; a family that cannot be served is said once and leaves the other alone."""
+        key = record.key
+        entries: list[Entry] = []
+        refusals: list[str] = []
+        for leg in self._legs(record):
+            try:
+                entries += self._entries(leg, hops)
+            except LeaseError as error:
+                refusals.append(str(error))
+        reason = "; ".join(refusals)
+        if reason:
+            if self._refused.get(key) != reason:
+                self._refused[key] = reason
+                log.warning("peer refused lease=%s: %s", key, reason)
+        elif self._refused.pop(key, None):
+            log.info("peer no longer refused lease=%s", key)
+        return entries
+
+    def _legs(self, record: Record) -> Iterable[Leg]:
+        own, lease = self._own, record.lease
+        # Peers of another backend are served by nobody (COMPAT §2.3), also where they were of ours (W12).
+        if lease.backend_type != self._backend.lease_type or (own is not None and record.key == own.key):
+            return ()
+        return (leg for leg in lease.legs if leg.subnet.family in self._families)
+
+    def _entries(self, leg: Leg, hops: Mapping[bytes, Hop | None]) -> Sequence[Entry]:
+        if self._own is not None and any(leg.subnet.overlaps(it.subnet) for it in self._own.lease.legs):
+            raise PeerUnreachable(f"route {leg.subnet}: another host's lease overlaps our own subnet")
+        return self._backend.entries(leg, hops.get(leg.public or b""))
