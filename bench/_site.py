@@ -133,13 +133,19 @@ class Site:
     def namespace(self) -> str:
         return self.host.namespace
 
-    def start(self, store_url: str) -> Agent:
+    def start(self, store_url: str, *flags: str) -> Agent:
         """Start the agent and wait until it is ready.
+
+        Args:
+            store_url: of its store.
+            flags: more than a lab's agents have; the last of one name counts.
 
         Raises:
             LabError: it ended instead; with its log.
         """
-        with Agents(self.state, lambda _, subnet_file: loden_run(store_url, subnet_file)) as agents:
+        with Agents(
+            self.state, lambda _, subnet_file: (*loden_run(store_url, subnet_file), *flags)
+        ) as agents:
             started = time.perf_counter()
             agents.start(self.host)
             agents.wait_ready(timeout_s=_READY_S, on_ready=lambda _: None)
