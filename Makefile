@@ -36,4 +36,4 @@ type: setup ## types
 	@$(bin)/mypy
 
 clean: ## remove what the set-up and the tools made
-	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build src/loden/_engine.abi3.so

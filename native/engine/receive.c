@@ -1,0 +1,321 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* From a UDP socket to the TUN device. */
+#include "worker.h"
+
+#include <errno.h>
+#include <netinet/udp.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifndef UDP_GRO
+#define UDP_GRO 104 /* linux/udp.h */
+#endif
+
+enum {
+	RX_BUFFER = 65536, /* as much as the kernel puts together */
+	RX_MESSAGES = 64,
+	RX_FEW = 4,	     /* at a time, while they are large: the processor's cache holds so many */
+	RX_LARGE = 16384,    /* bytes of a message that make it so */
+	RX_PATIENCE = 10000, /* errors in a row */
+};
+
+struct message {
+	struct sockaddr_storage from;
+	struct iovec piece;
+	union {
+		char space[CMSG_SPACE(sizeof(int))];
+		struct cmsghdr align;
+	} control;
+};
+
+struct receiver {
+	struct worker *worker;
+	const struct table *table;
+	uint8_t *buffers;
+	struct message messages[RX_MESSAGES];
+	struct mmsghdr headers[RX_MESSAGES];
+	unsigned int at_once;
+	struct merger merger;
+	bool is_gone; /* the TUN device */
+	/* The last inner source and its peer: most packets come in rows. */
+	const struct peer *peer;
+	uint8_t source[16];
+	size_t source_size;
+	uint64_t peer_packets, peer_bytes;
+};
+
+/* A super-packet that the kernel does not take goes as the packets that it was made of. */
+static int write_apart(struct receiver *receiver, const struct offload *offload, struct merge *merge)
+{
+	const struct offload plain = {.type = OFFLOAD_NONE};
+	struct packet whole = merge->first;
+	uint8_t header[CUT_HEADERS_MAX];
+	struct cut cut;
+	int result = 0;
+
+	whole.length = merge->header + merge->total;
+	if (cut_init(&cut, offload, &whole) != DROP_NONE)
+		return -EINVAL;
+	for (uint32_t i = 0; i < merge->count && result != -EBADFD; i++) {
+		uint8_t *payload = (uint8_t *)merge->pieces[i].iov_base + (i == 0 ? merge->header : 0);
+		uint32_t length = cut_length(&cut, i);
+		struct iovec pieces[2] = {
+			{.iov_base = header, .iov_len = cut.header},
+			{.iov_base = payload, .iov_len = length},
+		};
+
+		cut_header(&cut, i, payload, length, header);
+		result = worker_write(receiver->worker, &plain, pieces, 2);
+	}
+	return result;
+}
+
+static void on_merged(void *context, const struct offload *offload, struct merge *merge)
+{
+	struct receiver *receiver = context;
+	struct worker *worker = receiver->worker;
+	int result;
+
+	if (receiver->is_gone)
+		return;
+	result = worker_write(worker, offload, merge->pieces, merge->count);
+	if (result == -EINVAL && offload->type == OFFLOAD_UDP) {
+		/* 399e0827642f ("driver/net/tun: Added features for USO.", v6.2) */
+		receiver->merger.no_udp = true;
+		result = write_apart(receiver, offload, merge);
+	} else if (result == 0 && merge->count > 1) {
+		worker_count(worker, COUNT_MERGED, merge->count);
+	}
+	switch (result) {
+	case 0:
+		worker_count(worker, COUNT_RX_PACKETS, merge->count);
+		worker_count(worker, COUNT_RX_BYTES, (uint64_t)merge->count * merge->header + merge->total);
+		break;
+	case -EBADFD:
+		receiver->is_gone = true;
+		break;
+	case -EAGAIN:
+	case -ENOBUFS:
+	case -ENOMEM:
+		worker_drop(worker, DROP_FULL, merge->count);
+		break;
+	default: /* EIO: the device is down */
+		worker_drop(worker, DROP_REFUSED, merge->count);
+		break;
+	}
+}
+
+static void count_peer(struct receiver *receiver)
+{
+	if (receiver->peer != NULL && receiver->peer_packets > 0) {
+		traffic_add(&receiver->peer->traffic->rx_packets, receiver->peer_packets);
+		traffic_add(&receiver->peer->traffic->rx_bytes, receiver->peer_bytes);
+	}
+	receiver->peer_packets = 0;
+	receiver->peer_bytes = 0;
+}
+
+static const struct peer *peer_of(struct receiver *receiver, const struct packet *packet)
+{
+	const uint8_t *source = packet_source(packet);
+	size_t size = packet->version == 4 ? 4 : 16;
+
+	if (size == receiver->source_size && memcmp(source, receiver->source, size) == 0)
+		return receiver->peer;
+	count_peer(receiver);
+	memcpy(receiver->source, source, size);
+	receiver->source_size = size;
+	receiver->peer = table_lookup(receiver->table, source, size);
+	return receiver->peer;
+}
+
+static enum drop take(struct receiver *receiver, uint32_t endpoint, uint8_t *data, size_t length)
+{
+	bool is_open = receiver->worker->engine->allow_unknown;
+	const struct peer *peer;
+	struct packet packet;
+	enum drop reason;
+
+	if (endpoint == ENDPOINT_UNKNOWN && !is_open)
+		return DROP_UNKNOWN_PEER;
+	reason = packet_parse(&packet, data, length);
+	if (reason != DROP_NONE)
+		return reason;
+	peer = peer_of(receiver, &packet);
+	if (!is_open && (peer == NULL || peer->endpoint != endpoint))
+		return DROP_SPOOFED;
+	reason = packet_forward(&packet);
+	if (reason != DROP_NONE)
+		return reason;
+	receiver->peer_packets++;
+	receiver->peer_bytes += packet.length;
+	merger_put(&receiver->merger, &packet);
+	return DROP_NONE;
+}
+
+/* Bytes of each datagram in a message; the kernel says so where it has put several together. */
+static size_t datagram_size(struct msghdr *header, size_t length)
+{
+	for (struct cmsghdr *one = CMSG_FIRSTHDR(header); one != NULL; one = CMSG_NXTHDR(header, one)) {
+		int size;
+
+		if (one->cmsg_level != IPPROTO_UDP || one->cmsg_type != UDP_GRO ||
+		    one->cmsg_len < CMSG_LEN(sizeof(size)))
+			continue;
+		memcpy(&size, CMSG_DATA(one), sizeof(size));
+		if (size > 0 && (size_t)size < length)
+			return (size_t)size;
+	}
+	return length;
+}
+
+static void take_message(struct receiver *receiver, struct mmsghdr *header)
+{
+	struct worker *worker = receiver->worker;
+	const struct sockaddr *from = header->msg_hdr.msg_name;
+	size_t left = header->msg_len, size = datagram_size(&header->msg_hdr, left);
+	uint8_t *data = header->msg_hdr.msg_iov[0].iov_base;
+	uint32_t endpoint;
+
+	if (header->msg_hdr.msg_flags & MSG_TRUNC) {
+		worker_count(worker, COUNT_UDP_PACKETS, 1);
+		worker_drop(worker, DROP_OVERSIZED, 1);
+		return;
+	}
+	endpoint = table_endpoint(receiver->table, from, header->msg_hdr.msg_namelen);
+	do {
+		size_t length = left < size ? left : size;
+		enum drop reason = take(receiver, endpoint, data, length);
+
+		worker_count(worker, COUNT_UDP_PACKETS, 1);
+		if (reason != DROP_NONE)
+			worker_drop(worker, reason, 1);
+		data += length;
+		left -= length;
+	} while (left > 0);
+}
+
+static void prepare(struct receiver *receiver)
+{
+	for (size_t i = 0; i < receiver->at_once; i++) {
+		struct message *message = &receiver->messages[i];
+
+		message->piece = (struct iovec){.iov_base = receiver->buffers + i * RX_BUFFER, .iov_len = RX_BUFFER};
+		receiver->headers[i].msg_hdr = (struct msghdr){
+			.msg_name = &message->from,
+			.msg_namelen = sizeof(message->from),
+			.msg_iov = &message->piece,
+			.msg_iovlen = 1,
+			.msg_control = &message->control,
+			.msg_controllen = sizeof(message->control),
+		};
+	}
+}
+
+static void take_messages(struct receiver *receiver, unsigned int count)
+{
+	bool are_large = false;
+
+	receiver->table = worker_enter(receiver->worker);
+	receiver->source_size = 0;
+	receiver->peer = NULL;
+	for (unsigned int i = 0; i < count; i++) {
+		take_message(receiver, &receiver->headers[i]);
+		are_large |= receiver->headers[i].msg_len >= RX_LARGE;
+	}
+	merger_flush(&receiver->merger);
+	count_peer(receiver);
+	worker_leave(receiver->worker);
+	worker_count(receiver->worker, COUNT_UDP_RECEIVES, count);
+	if (are_large)
+		receiver->at_once = RX_FEW;
+	else if (count == receiver->at_once)
+		receiver->at_once = RX_MESSAGES;
+}
+
+/* What ICMP said about datagrams of ours, if the socket's owner wants to have it: it must be taken out. */
+static void drain_errors(struct receiver *receiver)
+{
+	struct worker *worker = receiver->worker;
+	char control[512];
+	struct msghdr header = {.msg_control = control, .msg_controllen = sizeof(control)};
+
+	while (recvmsg(worker->udp[0], &header, MSG_ERRQUEUE | MSG_DONTWAIT) >= 0)
+		header = (struct msghdr){.msg_control = control, .msg_controllen = sizeof(control)};
+}
+
+/* Whether a datagram has come, or an error to take out of the way. */
+static bool wait_for_more(struct receiver *receiver)
+{
+	short events = POLLIN;
+	bool result = worker_wait(receiver->worker, receiver->worker->udp[0], &events, -1);
+
+	if (events & POLLERR)
+		drain_errors(receiver);
+	return result;
+}
+
+/* Whether the socket can still be used: errors that others caused are about datagrams, not about it. */
+static bool can_go_on(struct receiver *receiver, int error, unsigned int *errors)
+{
+	switch (error) {
+	case EINTR:
+		return true;
+	case EAGAIN:
+		*errors = 0;
+		return wait_for_more(receiver);
+	case EBADF:
+	case ENOTSOCK:
+	case EINVAL:
+	case EFAULT:
+		break;
+	default:
+		drain_errors(receiver);
+		if (error == EMSGSIZE)
+			worker_tell(receiver->worker);
+		if (++*errors < RX_PATIENCE)
+			return true;
+	}
+	worker_fail(receiver->worker, error, "receive from the UDP socket");
+	return false;
+}
+
+static void receive_all(struct receiver *receiver)
+{
+	struct worker *worker = receiver->worker;
+	unsigned int errors = 0;
+
+	while (!receiver->is_gone && !worker_should_stop(worker)) {
+		int count;
+
+		prepare(receiver);
+		count = recvmmsg(worker->udp[0], receiver->headers, receiver->at_once, MSG_DONTWAIT, NULL);
+		if (count > 0) {
+			errors = 0;
+			take_messages(receiver, (unsigned int)count);
+		} else if (!can_go_on(receiver, errno, &errors)) {
+			return;
+		}
+	}
+}
+
+void receive(struct worker *worker)
+{
+	struct receiver *receiver = calloc(1, sizeof(*receiver));
+
+	/* Not touched before a message comes that fills it: the kernel gives no memory before that. */
+	if (receiver != NULL)
+		receiver->buffers = malloc((size_t)RX_MESSAGES * RX_BUFFER);
+	if (receiver == NULL || receiver->buffers == NULL) {
+		worker_fail(worker, ENOMEM, "start a receiver");
+	} else {
+		receiver->worker = worker;
+		receiver->at_once = RX_MESSAGES;
+		merger_init(&receiver->merger, on_merged, receiver);
+		receive_all(receiver);
+	}
+	if (receiver != NULL)
+		free(receiver->buffers);
+	free(receiver);
+}

@@ -1,0 +1,146 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "worker.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+/* ICMP errors of one worker: RFC 4443 section 2.4 (f) wants a limit, RFC 1812 section 4.3.2.8 the same. */
+enum { ICMP_PER_SECOND = 1000 };
+
+/*
+ * The table is written down before it is used, and is the right one only if it still is the table afterwards:
+ * whoever replaces it looks at what is written down after it has put the new one in place.
+ */
+const struct table *worker_enter(struct worker *worker)
+{
+	struct engine *engine = worker->engine;
+	struct table *table = atomic_load(&engine->table), *again;
+
+	for (;;) {
+		atomic_store(&worker->reading, table);
+		again = atomic_load(&engine->table);
+		if (again == table)
+			return table;
+		table = again;
+	}
+}
+
+void worker_leave(struct worker *worker)
+{
+	atomic_store_explicit(&worker->reading, NULL, memory_order_release);
+}
+
+bool worker_should_stop(const struct worker *worker)
+{
+	return atomic_load_explicit(&worker->engine->stopping, memory_order_relaxed);
+}
+
+bool worker_wait(struct worker *worker, int fd, short *events, int timeout_ms)
+{
+	struct pollfd polled[2] = {
+		{.fd = worker->engine->stop_event, .events = POLLIN},
+		{.fd = fd, .events = *events},
+	};
+
+	if (poll(polled, 2, timeout_ms) < 0 && errno != EINTR) {
+		worker_fail(worker, errno, "poll");
+		return false;
+	}
+	*events = polled[1].revents;
+	return !worker_should_stop(worker);
+}
+
+void worker_count(struct worker *worker, enum counter counter, uint64_t more)
+{
+	atomic_uint_least64_t *count = &worker->counts[counter];
+
+	atomic_store_explicit(count, atomic_load_explicit(count, memory_order_relaxed) + more, memory_order_relaxed);
+}
+
+void worker_drop(struct worker *worker, enum drop reason, uint64_t packets)
+{
+	worker_count(worker, (enum counter)(COUNT_DROPS + (unsigned int)reason), packets);
+}
+
+void worker_tell(struct worker *worker)
+{
+	const uint64_t one = 1;
+	/* It cannot fail but by being full, and then it is readable already. */
+	ssize_t ignored = write(worker->engine->news_event, &one, sizeof(one));
+
+	(void)ignored;
+}
+
+void worker_fail(struct worker *worker, int error, const char *what)
+{
+	struct engine *engine = worker->engine;
+
+	pthread_mutex_lock(&engine->failing);
+	if (engine->failure.error == 0) {
+		engine->failure.error = error;
+		snprintf(engine->failure.what, sizeof(engine->failure.what), "%s", what);
+	}
+	pthread_mutex_unlock(&engine->failing);
+	worker_tell(worker);
+}
+
+int worker_write(struct worker *worker, const struct offload *offload, struct iovec *pieces, size_t count)
+{
+	struct iovec all[MERGE_PIECES + 1];
+	ssize_t written;
+
+	if (count > MERGE_PIECES)
+		return -EINVAL;
+	all[0] = (struct iovec){.iov_base = (void *)(uintptr_t)offload, .iov_len = sizeof(*offload)};
+	memcpy(all + 1, pieces, count * sizeof(*pieces));
+	worker_count(worker, COUNT_TUN_WRITES, 1);
+	do {
+		written = writev(worker->tun, all, (int)count + 1);
+	} while (written < 0 && errno == EINTR);
+	if (written >= 0)
+		return 0;
+	if (errno == EBADFD || errno == EBADF || errno == ENODEV) {
+		worker_fail(worker, errno, "write to the TUN device");
+		return -EBADFD;
+	}
+	return -errno;
+}
+
+static bool is_icmp_due(struct worker *worker)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+	if (now.tv_sec != worker->icmp_since.tv_sec) {
+		worker->icmp_since = now;
+		worker->icmp_left = ICMP_PER_SECOND;
+	}
+	if (worker->icmp_left == 0)
+		return false;
+	worker->icmp_left--;
+	return true;
+}
+
+void worker_icmp(struct worker *worker, const struct packet *packet, size_t available, enum icmp kind, uint32_t mtu)
+{
+	const struct engine *engine = worker->engine;
+	const struct offload plain = {.type = OFFLOAD_NONE};
+	const uint8_t *source = packet->version == 4 ? engine->source4 : engine->source6;
+	uint8_t answer[ICMP_MAX];
+	struct iovec piece = {.iov_base = answer};
+
+	if (!(packet->version == 4 ? engine->has_source4 : engine->has_source6))
+		return;
+	piece.iov_len = packet_icmp(packet, available, kind, mtu, source, answer);
+	if (piece.iov_len == 0)
+		return;
+	if (!is_icmp_due(worker)) {
+		worker_count(worker, COUNT_ICMP_LIMITED, 1);
+		return;
+	}
+	if (worker_write(worker, &plain, &piece, 1) == 0)
+		worker_count(worker, COUNT_ICMP, 1);
+}

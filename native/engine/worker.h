@@ -1,0 +1,79 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What transmitters and receivers share; the engine's own. */
+#ifndef LODEN_WORKER_H
+#define LODEN_WORKER_H
+
+#include "engine.h"
+
+#include <pthread.h>
+#include <time.h>
+
+struct worker {
+	struct engine *engine;
+	void (*run)(struct worker *worker);
+	pthread_t thread;
+	bool is_running;
+	char name[16];
+	int tun;
+	int udp[2]; /* IPv4, IPv6; -1: none. A receiver's own is the first. */
+	int probe[2];
+	unsigned int icmp_left;
+	struct timespec icmp_since;
+	/*
+	 * The table that this worker may be looking at: it is not freed as long as it stands here (a hazard
+	 * pointer). NULL whenever the worker waits, so that waiting workers hold nothing.
+	 */
+	_Alignas(64) _Atomic(struct table *) reading;
+	/* Written by this worker alone. */
+	_Alignas(64) atomic_uint_least64_t counts[COUNTERS];
+};
+
+struct engine {
+	struct worker *workers;
+	size_t worker_count;
+	int tun[ENGINE_DESCRIPTORS];
+	int udp[ENGINE_DESCRIPTORS];
+	size_t tun_count, udp_count;
+	uint8_t source4[4], source6[16];
+	bool has_source4, has_source6, allow_unknown;
+	int stop_event; /* readable: workers end */
+	int news_event;
+	_Atomic(struct table *) table;
+	atomic_bool stopping;
+	pthread_mutex_t control; /* changes of the table, start and stop */
+	struct table *retired;	 /* replaced, and perhaps still being read */
+	pthread_mutex_t failing;
+	struct engine_failure failure;
+};
+
+void transmit(struct worker *worker);
+void receive(struct worker *worker);
+
+/* Between these two the table stays. */
+const struct table *worker_enter(struct worker *worker);
+void worker_leave(struct worker *worker);
+
+/*
+ * Whether to go on. Waits until the descriptor is ready, the engine stops, or so many ms have passed (-1: for
+ * ever). events: what to wait for, then what came.
+ */
+bool worker_wait(struct worker *worker, int fd, short *events, int timeout_ms);
+bool worker_should_stop(const struct worker *worker);
+
+void worker_count(struct worker *worker, enum counter counter, uint64_t more);
+void worker_drop(struct worker *worker, enum drop reason, uint64_t packets);
+void worker_fail(struct worker *worker, int error, const char *what);
+void worker_tell(struct worker *worker);
+
+/* Write one packet to the TUN device: 0, or a negative errno; -EBADFD: the device is gone, and said so. */
+int worker_write(struct worker *worker, const struct offload *offload, struct iovec *pieces, size_t count);
+
+/* Answer a packet with an ICMP error, if it deserves one and there were not too many. */
+void worker_icmp(struct worker *worker, const struct packet *packet, size_t available, enum icmp kind, uint32_t mtu);
+
+static inline void traffic_add(atomic_uint_least64_t *count, uint64_t more)
+{
+	atomic_fetch_add_explicit(count, more, memory_order_relaxed);
+}
+
+#endif
