@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The packet engine beside the bare underlay, and beside a loop that moves one packet with each system call.
+
+Two namespaces, a wire, real TUN devices, no agent. The paths take turns: a busy machine slows all alike.
+"""
+
+import argparse
+import contextlib
+import functools
+import pathlib
+import socket
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+
+from bench._common import Arguments, Figure, figure, median, run
+from bench._tunnel import SIDES, Side, engines, loops, packets_program, wire
+from loden.address import Family, format_address
+from loden.errors import LabError
+from loden.lab import namespaces
+from loden.lab.probe import End
+from loden.lab.throughput import Path
+
+ROUND_S = 1.0
+DATAGRAM_BYTES = 64
+
+_PATIENCE_S = 10.0
+_AHEAD_S = 0.3  # so long the source runs before and after the sink counts
+_BUFFER_BYTES = 4 << 20
+
+
+def tcp(program: pathlib.Path, path: Path, *, streams: int = 1, seconds: float = ROUND_S) -> float:
+    """What connections carry at the same time, in Gbit/s of payload as the receivers see it.
+
+    Args:
+        program: ``bench/packets.c``, compiled.
+        path: from where to where.
+        streams: how many connections.
+        seconds: to measure; blocks for so long.
+
+    Raises:
+        LabError: the path does not connect.
+    """
+    with contextlib.ExitStack() as stack:
+        pulls = []
+        for _ in range(streams):
+            sender, receiver = _connect(path, stack)
+            pulls.append(_start(program, stack, "pull", receiver, seconds))
+            _start(program, stack, "push", sender, seconds + _AHEAD_S)
+        return sum(_figure_of(one) for one in pulls) * 8 / 1e9
+
+
+def datagrams(
+    program: pathlib.Path, path: Path, *, size: int = DATAGRAM_BYTES, seconds: float = ROUND_S
+) -> float:
+    """How many datagrams a second reach the receiver while a source sends as fast as it can.
+
+    Args:
+        program, path, seconds: as in :func:`tcp`.
+        size: bytes of payload in each.
+    """
+    family = Family.of(path.target.address)
+    with contextlib.ExitStack() as stack:
+        open_socket = functools.partial(socket.socket, family, socket.SOCK_DGRAM)
+        receiver = stack.enter_context(namespaces.inside(path.target.namespace, open_socket))
+        receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
+        receiver.bind((format_address(path.target.address), 0))
+        sender = stack.enter_context(namespaces.inside(path.source.namespace, open_socket))
+        sender.bind((format_address(path.source.address), 0))
+        sender.connect(receiver.getsockname())
+        _start(program, stack, "flood", sender, seconds + 2 * _AHEAD_S, str(size))
+        return _figure_of(_start(program, stack, "sink", receiver, seconds))
+
+
+def _connect(path: Path, stack: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
+    open_socket = functools.partial(socket.socket, Family.of(path.target.address), socket.SOCK_STREAM)
+    try:
+        with namespaces.inside(path.target.namespace, open_socket) as listener:
+            listener.bind((format_address(path.target.address), 0))
+            listener.listen(1)
+            sender = stack.enter_context(namespaces.inside(path.source.namespace, open_socket))
+            sender.settimeout(_PATIENCE_S)
+            sender.bind((format_address(path.source.address), 0))
+            sender.connect(listener.getsockname())
+            receiver = stack.enter_context(listener.accept()[0])
+    except OSError as error:
+        raise LabError(f"connect {path.source.name} to {path.target.name}: {error}") from error
+    for one in (sender, receiver):
+        one.settimeout(None)
+        one.setblocking(True)
+    return sender, receiver
+
+
+def _start(
+    program: pathlib.Path,
+    stack: contextlib.ExitStack,
+    what: str,
+    on: socket.socket,
+    seconds: float,
+    *more: str,
+) -> subprocess.Popen[str]:
+    words = (str(program), what, str(on.fileno()), f"{seconds:g}", *more)
+    started = subprocess.Popen(words, pass_fds=(on.fileno(),), stdout=subprocess.PIPE, text=True)
+    stack.callback(started.wait)
+    stack.callback(started.kill)
+    return started
+
+
+def _figure_of(process: subprocess.Popen[str]) -> float:
+    said, _ = process.communicate()
+    if process.returncode != 0:
+        raise LabError(f"measure: packets ended with {process.returncode}")
+    return float(said)
+
+
+def path_of(address: Callable[[Side], bytes], name: str, *, is_back: bool = False) -> Path:
+    """From one side's address to the other's.
+
+    Args:
+        address: of a side, packed.
+        name: of the path, for errors.
+        is_back: from the second side to the first.
+    """
+    ends = [End(f"{name} {side.number}", side.namespace, address(side)) for side in SIDES]
+    return Path(*(reversed(ends) if is_back else ends))
+
+
+def in_turns(paths: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Measure several things, one after the other, again and again; every second time in reverse order."""
+    found: dict[str, list[float]] = {name: [] for name in paths}
+    for number in range(rounds):
+        for name in reversed(list(paths)) if number % 2 else paths:
+            found[name].append(paths[name]())
+    return found
+
+
+def ratio(found: Mapping[str, list[float]], name: str, to: str) -> float:
+    """The median of the ratios of one round: rounds differ more than paths do."""
+    return median(one / other for one, other in zip(found[name], found[to], strict=True))
+
+
+def measure(arguments: Arguments) -> Iterator[Figure]:
+    """All figures of the engine."""
+    with packets_program() as program, wire(), engines(), loops(program):
+        for family in Family:
+            yield from _tcp_figures(program, family, arguments.rounds)
+        yield from _datagram_figures(program, arguments.rounds)
+
+
+def _tcp_figures(program: pathlib.Path, family: Family, rounds: int) -> Iterator[Figure]:
+    bare = path_of(lambda side: side.wire(family), "wire")
+    tunnel = path_of(lambda side: side.subnet(family).address, "engine")
+    for streams in (1, 4):
+        found = in_turns(
+            {
+                name: functools.partial(tcp, program, path, streams=streams)
+                for name, path in (("bare", bare), ("engine", tunnel))
+            },
+            rounds,
+        )
+        what = f"TCP over {family}, {streams} stream{'s' if streams > 1 else ''}"
+        beside = ("bare underlay", median(found["bare"]))
+        yield figure(f"{what}, engine", median(found["engine"]), "Gbit/s", anchor=beside)
+        yield figure(f"{what}, engine to underlay", ratio(found, "engine", "bare"), "times", ">= 0.45")
+
+
+def _datagram_figures(program: pathlib.Path, rounds: int) -> Iterator[Figure]:
+    paths = {
+        "bare": path_of(Side.wire, "wire"),
+        "engine": path_of(lambda side: side.subnet().address, "engine"),
+        "loop": path_of(lambda side: side.loop_address, "loop"),
+    }
+    found = in_turns(
+        {name: functools.partial(datagrams, program, path) for name, path in paths.items()}, rounds
+    )
+    what = f"{DATAGRAM_BYTES}-byte datagrams received"
+    yield figure(f"{what}, bare underlay", median(found["bare"]), "/s")
+    beside = ("a packet each system call", median(found["loop"]))
+    yield figure(f"{what}, engine", median(found["engine"]), "/s", anchor=beside)
+    yield figure(f"{what}, engine to such a loop", ratio(found, "engine", "loop"), "times", ">= 4")
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=5, help="how many, of about 14 s [5]")
+
+
+if __name__ == "__main__":
+    run(measure, about=__doc__, options=_options)

@@ -1,0 +1,164 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What the benches of the data path need at full speed: sources, sinks, and the anchor of the udp backend, a
+ * tunnel that moves one packet with each system call.
+ *
+ *   packets push SOCKET SECONDS            write to a connected TCP socket
+ *   packets pull SOCKET SECONDS            read from one; prints the bytes of that time
+ *   packets flood SOCKET SECONDS BYTES     send datagrams on a connected UDP socket; prints how many
+ *   packets sink SOCKET SECONDS            receive datagrams; prints how many came in that time
+ *   packets loop TUN SOCKET ADDRESS PORT   the anchor: until it is ended; TUN without virtio headers
+ *
+ * SOCKET and TUN are descriptors that were inherited: this program enters no namespace.
+ */
+#include <arpa/inet.h>
+#include <errno.h>
+#include <poll.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { BATCH = 64, BUFFER = 1 << 18 };
+
+static double now(void)
+{
+	struct timespec time;
+
+	clock_gettime(CLOCK_MONOTONIC, &time);
+	return (double)time.tv_sec + (double)time.tv_nsec / 1e9;
+}
+
+static int push(int fd, double seconds)
+{
+	static char buffer[BUFFER];
+	double end = now() + seconds;
+
+	while (now() < end) {
+		if (send(fd, buffer, sizeof(buffer), MSG_NOSIGNAL) < 0)
+			return errno == EPIPE || errno == ECONNRESET ? 0 : 1; /* the other end has had enough */
+	}
+	return 0;
+}
+
+static int pull(int fd, double seconds)
+{
+	static char buffer[BUFFER];
+	double start = now(), elapsed = 0;
+	uint64_t bytes = 0;
+
+	for (; elapsed < seconds; elapsed = now() - start) {
+		struct pollfd polled = {.fd = fd, .events = POLLIN};
+		ssize_t length;
+
+		if (poll(&polled, 1, 10) == 0)
+			continue;
+		length = recv(fd, buffer, sizeof(buffer), 0);
+		if (length <= 0)
+			break;
+		bytes += (uint64_t)length;
+	}
+	printf("%.0f\n", (double)bytes / elapsed);
+	return 0;
+}
+
+static void prepare(struct mmsghdr *messages, struct iovec *pieces, char *buffer, size_t size)
+{
+	memset(messages, 0, BATCH * sizeof(*messages));
+	for (size_t i = 0; i < BATCH; i++) {
+		pieces[i] = (struct iovec){.iov_base = buffer + i * size, .iov_len = size};
+		messages[i].msg_hdr.msg_iov = &pieces[i];
+		messages[i].msg_hdr.msg_iovlen = 1;
+	}
+}
+
+static int flood(int fd, double seconds, size_t size)
+{
+	static char buffer[BUFFER];
+	struct mmsghdr messages[BATCH];
+	struct iovec pieces[BATCH];
+	double end = now() + seconds;
+	uint64_t sent = 0;
+
+	if (size > BUFFER / BATCH)
+		return 2;
+	prepare(messages, pieces, buffer, size);
+	while (now() < end) {
+		int count = sendmmsg(fd, messages, BATCH, 0);
+
+		if (count > 0)
+			sent += (uint64_t)count;
+	}
+	printf("%llu\n", (unsigned long long)sent);
+	return 0;
+}
+
+static int sink(int fd, double seconds)
+{
+	static char buffer[BUFFER];
+	struct mmsghdr messages[BATCH];
+	struct iovec pieces[BATCH];
+	double start = now(), elapsed = 0;
+	uint64_t received = 0;
+
+	prepare(messages, pieces, buffer, BUFFER / BATCH);
+	for (; elapsed < seconds; elapsed = now() - start) {
+		struct pollfd polled = {.fd = fd, .events = POLLIN};
+		int count;
+
+		if (poll(&polled, 1, 10) == 0)
+			continue;
+		count = recvmmsg(fd, messages, BATCH, MSG_DONTWAIT, NULL);
+		if (count > 0)
+			received += (uint64_t)count;
+	}
+	printf("%.0f\n", (double)received / elapsed);
+	return 0;
+}
+
+static int loop(int tun, int udp, const char *address, uint16_t port)
+{
+	struct sockaddr_in peer = {.sin_family = AF_INET, .sin_port = htons(port)};
+	struct pollfd polled[2] = {{.fd = tun, .events = POLLIN}, {.fd = udp, .events = POLLIN}};
+	static char packet[65536];
+	ssize_t length;
+
+	if (inet_pton(AF_INET, address, &peer.sin_addr) != 1)
+		return 2;
+	while (poll(polled, 2, -1) > 0) {
+		if (polled[0].revents) {
+			length = read(tun, packet, sizeof(packet));
+			if (length < 0)
+				return 1;
+			(void)!sendto(udp, packet, (size_t)length, 0, (struct sockaddr *)&peer, sizeof(peer));
+		}
+		if (polled[1].revents) {
+			length = recv(udp, packet, sizeof(packet), 0);
+			if (length > 0)
+				(void)!write(tun, packet, (size_t)length);
+		}
+	}
+	return 1;
+}
+
+int main(int count, char **words)
+{
+	const char *what = count > 1 ? words[1] : "";
+
+	if (count == 4 && strcmp(what, "push") == 0)
+		return push(atoi(words[2]), atof(words[3]));
+	if (count == 4 && strcmp(what, "pull") == 0)
+		return pull(atoi(words[2]), atof(words[3]));
+	if (count == 5 && strcmp(what, "flood") == 0)
+		return flood(atoi(words[2]), atof(words[3]), (size_t)atoi(words[4]));
+	if (count == 4 && strcmp(what, "sink") == 0)
+		return sink(atoi(words[2]), atof(words[3]));
+	if (count == 6 && strcmp(what, "loop") == 0)
+		return loop(atoi(words[2]), atoi(words[3]), words[4], (uint16_t)atoi(words[5]));
+	fprintf(stderr, "packets: see the top of its source for what it does\n");
+	return 2;
+}
