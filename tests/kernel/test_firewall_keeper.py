@@ -17,6 +17,7 @@ from loden.errors import FirewallError
 from loden.firewall.keeper import Firewall
 from loden.firewall.programs import Kind
 from loden.firewall.rules import FirewallOptions, RuleSet, make_rules
+from loden.firewall.view import View
 from loden.lab.namespaces import inside
 from tests.contract.firewall import network_of
 
@@ -397,5 +398,208 @@ def test_keeper_may_be_killed_between_any_two_transactions(host: str) -> None:
             )
             await settle()
             assert sorted(dump(Kind.IPTABLES_NFT).split("\n")) == sorted(whole.split("\n"))
+
+    play(host, scenario)
+
+
+# What is not in the tool in use
+
+
+OTHERS = [(kind, other) for kind in Kind for other in Kind if other is not kind]
+#: Rules of ours as an earlier start, or flannel, would have written them.
+LEFT = """*nat
+:FLANNEL-POSTRTG - [0:0]
+-A POSTROUTING -m comment --comment "flanneld masq" -j FLANNEL-POSTRTG
+-A FLANNEL-POSTRTG -s 10.9.0.0/16 ! -d 224.0.0.0/4 -m comment --comment "flanneld masq" -j MASQUERADE
+COMMIT
+"""
+
+
+def leave(kind: Kind) -> None:
+    """Have rules of ours, of another network, in a tool."""
+    if kind is Kind.NFT:
+        shell("nft 'add table ip flannel-ipv4; add chain ip flannel-ipv4 forward'")
+    else:
+        restore(kind, LEFT)
+
+
+@pytest.mark.parametrize(("kind", "other"), OTHERS)
+def test_rules_of_ours_that_appear_elsewhere_later_are_removed_and_said(
+    host: str, kind: Kind, other: Kind, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From nft to the other tables of nftables at once, to legacy iptables at the next look."""
+    is_heard = kind is Kind.NFT and other is Kind.IPTABLES_NFT
+
+    async def scenario() -> None:
+        decide_for(kind)
+        async with kept(kind, resync_s=3600.0 if is_heard else 0.1) as firewall:
+            before = ours(kind)
+            leave(other)
+            assert ours(other)
+            await until(lambda: not ours(other))
+            assert ours(kind) == before
+            assert firewall.statistics.repairs == 0
+
+    with caplog.at_level(logging.INFO):
+        play(host, scenario)
+    said = [
+        line for line in caplog.messages if f"firewall rules of ours found in {other}: removing them" in line
+    ]
+    assert len(said) == 1
+    if other is not Kind.IPTABLES_LEGACY:
+        assert "changed_by=" in said[0]
+
+
+def test_rules_of_ours_that_somebody_writes_again_and_again_are_no_fight(
+    host: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        async with kept(Kind.NFT):
+            for _ in range(5):
+                leave(Kind.IPTABLES_NFT)
+                shell("nft add table ip other; nft delete table ip other")
+                await asyncio.sleep(0.5)  # longer than a notification waits
+        assert ours(Kind.IPTABLES_NFT)
+
+    with caplog.at_level(logging.INFO):
+        play(host, scenario)
+    assert caplog.text.count("found in iptables-nft: removing them") == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "other"), [(kind, other) for kind, other in OTHERS if other is not Kind.NFT]
+)
+def test_rules_of_others_that_appear_elsewhere_later_are_said_once(
+    host: str, kind: Kind, other: Kind, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        decide_for(kind)
+        async with kept(kind, resync_s=0.1):
+            restore(other, FOREIGN)
+            await until(lambda: "rules of others found" in caplog.text)
+            restore(other, "*filter\n-A INPUT -s 192.0.2.1 -j DROP\nCOMMIT\n")
+            leave(other)  # so that the change was looked at
+            await until(lambda: not ours(other))
+
+    with caplog.at_level(logging.INFO):
+        play(host, scenario)
+    (said,) = [line for line in caplog.messages if "rules of others found" in line]
+    assert f"found in {other} count=3 changed_by=" in said
+    assert f"beside ours in {kind}" in said
+    assert ("iptables" in said.partition("changed_by=")[2].split(":")[0]) == (other is Kind.IPTABLES_NFT)
+
+
+def test_tables_of_others_in_nft_and_a_chain_that_drops_are_said_with_the_remedy(
+    host: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        decide_for(Kind.IPTABLES_NFT)
+        async with kept(Kind.IPTABLES_NFT, resync_s=0.1):
+            shell(
+                "nft 'add table inet site; add chain inet site way"
+                " { type filter hook forward priority 0; policy drop; }'"
+            )
+            await until(lambda: "drops by policy" in caplog.text)
+
+    with caplog.at_level(logging.INFO):
+        play(host, scenario)
+    assert "firewall tables of others found in nft: inet site; packets meet them beside ours" in caplog.text
+    (said,) = [line for line in caplog.messages if "drops by policy" in line]
+    for remedy in ("ip saddr 10.5.0.0/16 accept", "ip6 daddr fd00:5::/48 accept"):
+        assert f"nft insert rule inet site way {remedy}" in said
+
+
+def test_others_who_change_legacy_rules_cost_no_look_with_a_program(host: str) -> None:
+    """Nor do counters; what is ours is seen to be as it was (``bench/firewall``)."""
+
+    async def scenario() -> None:
+        decide_for(Kind.IPTABLES_LEGACY)
+        async with kept(Kind.IPTABLES_LEGACY, resync_s=0.02) as firewall:
+            looks = firewall.statistics.looks
+            for number in range(5):
+                shell(f"iptables-legacy -t nat -I POSTROUTING -d 192.0.2.{number} -j ACCEPT")
+                shell("iptables-legacy -t nat -A KUBE-POSTROUTING -j ACCEPT; iptables-legacy -t nat -Z")
+            await asyncio.sleep(0.1)
+            assert firewall.statistics.looks == looks
+            shell("iptables-legacy -t nat -F FLANNEL-POSTRTG")
+            await until(lambda: firewall.statistics.repairs == 1 and firewall.statistics.is_standing)
+
+    play(host, scenario)
+
+
+def forward_rules(kind: Kind) -> list[str]:
+    return [line for line in ours(kind) if "-A FLANNEL-FWD" in line]
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("other", _IPTABLES)
+def test_forward_rules_stand_wherever_forward_drops_and_for_as_long(
+    host: str, kind: Kind, other: Kind
+) -> None:
+    """Docker gives FORWARD that policy, at its start and maybe after ours."""
+
+    async def scenario() -> None:
+        decide_for(kind)
+        async with kept(kind, resync_s=0.1):
+            assert bool(forward_rules(other)) == (kind is other)
+            shell(f"{other} -P FORWARD DROP; ip6{other[2:]} -P FORWARD DROP")
+            await until(lambda: len(forward_rules(other)) == 4)
+            shell(f"{other} -F FLANNEL-FWD")
+            await until(lambda: len(forward_rules(other)) == 4)
+            shell(f"{other} -P FORWARD ACCEPT; ip6{other[2:]} -P FORWARD ACCEPT")
+            await until(lambda: kind is other or not ours(other))
+
+    play(host, scenario)
+
+
+def test_forward_that_drops_where_no_program_can_reach_is_said(
+    host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "nft").symlink_to("/usr/sbin/nft")
+
+    async def scenario() -> None:
+        shell("iptables-legacy -P FORWARD DROP")
+        with monkeypatch.context() as context:
+            context.setenv("PATH", str(tmp_path))
+            await settle(enable_nftables=True)
+
+    play(host, scenario)
+    assert "FORWARD of iptables-legacy drops IPv4 by policy" in caplog.text
+    assert "install iptables-legacy, or set its policy to ACCEPT" in caplog.text
+
+
+def test_what_is_left_where_no_program_can_reach_is_said(
+    host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "nft").symlink_to("/usr/sbin/nft")
+
+    async def scenario() -> None:
+        leave(Kind.IPTABLES_LEGACY)
+        with monkeypatch.context() as context:
+            context.setenv("PATH", str(tmp_path))
+            await settle(enable_nftables=True)
+
+    play(host, scenario)
+    assert "firewall rules of ours are in iptables-legacy, and no program to remove them works" in caplog.text
+
+
+@pytest.mark.parametrize("kind", _IPTABLES)
+def test_rules_of_others_are_counted_as_the_program_counts_them(host: str, kind: Kind) -> None:
+    async def scenario() -> None:
+        restore(kind, FOREIGN)
+        restore(
+            kind,
+            "*mangle\n:X - [0:0]\n:Y - [0:0]\n-A FORWARD -j X\n-A X -j Y\n-A Y -m mark --mark 1 -j ACCEPT\n"
+            "COMMIT\n",
+        )
+        await settle()
+        view = View()
+        census = await view.census()
+        view.close()
+        found = {Kind.IPTABLES_NFT: census.iptables_nft, Kind.IPTABLES_LEGACY: census.iptables_legacy}
+        assert found[kind] == sum(
+            line.startswith("-A") and "FLANNEL" not in line for line in dump(kind).splitlines()
+        )
+        assert sum(found.values()) == 6
 
     play(host, scenario)

@@ -23,9 +23,8 @@ import pytest
 
 from loden.address import Family, Prefix, format_address, parse_address
 from loden.firewall.iptables import Iptables
-from loden.firewall.keeper import Tool
 from loden.firewall.nftables import Nftables
-from loden.firewall.programs import Kind, find_programs
+from loden.firewall.programs import Kind, Tool, find_programs
 from loden.firewall.rules import FirewallOptions, RuleSet, make_rules
 from loden.lab.namespaces import inside
 from tests.contract.firewall import KEPT, MASQUERADED, Packet, Setup, network_of, reference

@@ -20,6 +20,7 @@ IPTABLES_NFT = Program(Kind.IPTABLES_NFT, "/bin/iptables", "/bin/ip6tables")
 IPTABLES_LEGACY = Program(Kind.IPTABLES_LEGACY, "/bin/iptables-legacy", "/bin/ip6tables-legacy")
 ALL = (IPTABLES_NFT, IPTABLES_LEGACY, NFT)
 OLD = Program(Kind.NFT, "/bin/nft", flaw="version 0.9.8 is too old, 1.0.1 is the first that works")
+TABLES = frozenset(("inet filter", "ip nft-nat"))
 SETS = make_rules(FirewallOptions(), network_of(Prefix.parse("10.5.0.0/16")), {})
 
 
@@ -42,11 +43,11 @@ SETS = make_rules(FirewallOptions(), network_of(Prefix.parse("10.5.0.0/16")), {}
             "7 are in iptables-legacy",
         ),
         (ALL, Census(iptables_nft=3, iptables_legacy=3), Kind.IPTABLES_NFT, "the host's iptables"),
-        (ALL, Census(nft_tables=2), Kind.NFT, "2 tables"),
-        (ALL, Census(nft_tables=2, iptables_legacy=1), Kind.IPTABLES_LEGACY, "1 are in"),
-        ((IPTABLES_NFT,), Census(nft_tables=2), Kind.IPTABLES_NFT, "the host's iptables"),
+        (ALL, Census(nft_tables=TABLES), Kind.NFT, "2 tables"),
+        (ALL, Census(nft_tables=TABLES, iptables_legacy=1), Kind.IPTABLES_LEGACY, "1 are in"),
+        ((IPTABLES_NFT,), Census(nft_tables=TABLES), Kind.IPTABLES_NFT, "the host's iptables"),
         ((NFT,), Census(iptables_legacy=2), Kind.NFT, "no iptables that works"),
-        ((OLD, IPTABLES_NFT), Census(nft_tables=2), Kind.IPTABLES_NFT, "the host's iptables"),
+        ((OLD, IPTABLES_NFT), Census(nft_tables=TABLES), Kind.IPTABLES_NFT, "the host's iptables"),
     ],
 )
 def test_tool_follows_the_rules_of_others(
@@ -58,7 +59,7 @@ def test_tool_follows_the_rules_of_others(
 
 
 def test_configuration_can_ask_for_nftables() -> None:
-    choice = choose(ALL, Census(nft_tables=1), enable_nftables=True)
+    choice = choose(ALL, Census(nft_tables=TABLES), enable_nftables=True)
     assert (choice.program, choice.reason) == (NFT, "EnableNFTables is true")
 
 

@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tool a host gets: the one that its other rules are written with, as long as it works."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
 from loden.errors import FirewallError
-from loden.firewall.iptables import Iptables
-from loden.firewall.nfnetlink import Nftables
 from loden.firewall.nftables import TABLES, WORDS
 from loden.firewall.programs import Kind, Program
 
 OUR_TABLES = frozenset(f"{WORDS[family]} {name}" for family, name in TABLES.items())
 
 #: Tables that iptables with nf_tables makes for itself.
-_IPTABLES_TABLES = frozenset(
+IPTABLES_TABLES = frozenset(
     f"{family} {table}"
     for family in ("ip", "ip6", "arp", "bridge")
     for table in ("filter", "nat", "mangle", "raw", "security", "broute")
@@ -25,11 +23,11 @@ class Census(msgspec.Struct, frozen=True):
     """Whose rules a host has, ours not counted.
 
     Args:
-        nft_tables: that no iptables made.
+        nft_tables: that no iptables made, as nft names them.
         iptables_nft, iptables_legacy: how many rules.
     """
 
-    nft_tables: int = 0
+    nft_tables: frozenset[str] = frozenset()
     iptables_nft: int = 0
     iptables_legacy: int = 0
 
@@ -39,23 +37,6 @@ class Choice(msgspec.Struct, frozen=True):
 
     program: Program
     reason: str
-
-
-async def take_census(programs: Iterable[Program], kernel: Nftables | None) -> Census:
-    """Look at the host's rules.
-
-    Args:
-        programs: that are installed.
-        kernel: its nftables, where it has them.
-    """
-    tables: Collection[str] = await kernel.tables() if kernel else ()
-    native = [table for table in tables if table not in _IPTABLES_TABLES and table not in OUR_TABLES]
-    counts = {
-        program.kind: await Iptables(program).count_foreign()
-        for program in programs
-        if program.kind is Kind.IPTABLES_LEGACY or (program.kind is Kind.IPTABLES_NFT and tables)
-    }
-    return Census(len(native), counts.get(Kind.IPTABLES_NFT, 0), counts.get(Kind.IPTABLES_LEGACY, 0))
 
 
 def choose(programs: Sequence[Program], census: Census, *, enable_nftables: bool) -> Choice:
@@ -98,7 +79,7 @@ def _preferences(census: Census) -> list[tuple[Kind, str]]:
     found = [(kind, f"of other programs' rules {_listed(counts)}") for kind, count in counts if count]
     if census.nft_tables and not census.iptables_nft and not census.iptables_legacy:
         found.append(
-            (Kind.NFT, f"{census.nft_tables} tables of other programs use it, and none uses iptables")
+            (Kind.NFT, f"{len(census.nft_tables)} tables of other programs use it, and none uses iptables")
         )
     return found
 

@@ -47,7 +47,7 @@ CHAINS = {
 }
 
 #: What every line that concerns us has in it.
-_MARKS = ("FLANNEL-", "flanneld ")
+MARKS = ("FLANNEL-", "flanneld ")
 
 
 def render(wanted: RuleSet) -> str:
@@ -107,17 +107,6 @@ class Iptables:
                     changes.append(Change(command, _payload(chain, lines)))
         return changes
 
-    async def count_foreign(self) -> int:
-        """How many rules of other programs there are, in both families."""
-        count = 0
-        for family in Family:
-            path = self._program.path if family is Family.IPV4 else self._program.path_ipv6
-            if path and (self._program.kind is not Kind.IPTABLES_LEGACY or legacy_tables(family)):
-                lines = (await run(f"{path}-save")).text.splitlines()
-                count += sum(line.startswith("-A ") for line in lines)
-                count -= sum(line.startswith("-A ") for line in _concerning_us(lines))
-        return count
-
     async def _read(self, family: Family, sets: Sequence[RuleSet]) -> dict[str, list[str]]:
         """The lines that concern us, by table.
 
@@ -162,7 +151,7 @@ def _by_table(lines: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _concerning_us(lines: Sequence[str]) -> list[str]:
-    return [line for line in lines if _MARKS[0] in line or _MARKS[1] in line]
+    return [line for line in lines if MARKS[0] in line or MARKS[1] in line]
 
 
 def legacy_tables(family: Family) -> frozenset[str]:

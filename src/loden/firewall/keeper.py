@@ -5,18 +5,18 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from typing import Protocol
 
 import msgspec
 
-from loden.errors import FirewallError, KernelError
-from loden.firewall.choice import choose, take_census
+from loden.errors import FirewallError
+from loden.firewall.by_nft import IptablesByNft
+from loden.firewall.choice import choose
+from loden.firewall.elsewhere import Elsewhere
 from loden.firewall.iptables import Iptables
-from loden.firewall.leftovers import Leftovers
-from loden.firewall.nfnetlink import Nftables as Kernel
 from loden.firewall.nftables import Nftables
-from loden.firewall.programs import Change, Kind, find_programs
+from loden.firewall.programs import Kind, Tool, find_programs
 from loden.firewall.rules import RuleSet
+from loden.firewall.view import Legacy, View
 from loden.retry import Backoff, Trouble
 
 log = logging.getLogger(__name__)
@@ -30,12 +30,16 @@ _PASSES = 3
 _RETRY_FIRST_S, _RETRY_MOST_S = 0.5, 30.0
 
 
-class Tool(Protocol):
-    """A way to change the firewall."""
+class _Seen(msgspec.Struct, frozen=True):
+    """The state of all firewalls, as far as it can be seen without a program; None where it cannot.
 
-    async def difference(self, wanted: Sequence[RuleSet]) -> list[Change]:
-        """What to change so that these chains are as wanted; those without rules shall not be there."""
-        ...
+    Args:
+        generation: of nftables.
+        legacy: legacy iptables' tables.
+    """
+
+    generation: int | None = None
+    legacy: Legacy | None = None
 
 
 class Statistics(msgspec.Struct, frozen=True):
@@ -69,22 +73,21 @@ class Firewall:
         self._settled: tuple[RuleSet, ...] | None = ()  # what was made to stand
         self._kind: Kind | None = None
         self._tools: dict[Kind, Tool] = {}
-        self._verified: int | None = None  # the state of nftables in which our rules stood
+        self._verified = _Seen()  # when our rules stood
+        self._tended: _Seen | None = None  # when all was well in the firewalls that are not in use
+        self._legacy: Legacy | None = None  # as last seen
         self._heard: tuple[str, ...] = ()
         self._wake = asyncio.Event()
         self._is_standing = False
         self._repairs = self._looks = 0
         self._said = float("-inf")  # when drift was said last
-        try:
-            self._kernel: Kernel | None = Kernel()
-        except (OSError, KernelError) as error:
-            log.info("nftables of this kernel cannot be listened to: %s", error)
-            self._kernel = None
+        self._view = View()
+        self._kernel = self._view.kernel
+        self._elsewhere = Elsewhere(self._view)
 
     def close(self) -> None:
         """Close the sockets; the rules stay. Idempotent."""
-        if self._kernel is not None:
-            self._kernel.close()
+        self._view.close()
 
     @property
     def statistics(self) -> Statistics:
@@ -131,19 +134,35 @@ class Firewall:
         """
         wanted = self._wanted
         is_new = wanted != self._settled
-        if not is_new and self._verified is not None and self._verified == self._generation():
+        if self._kind is None and not is_new:
+            self._is_standing = True
             return
-        self._is_standing = False
+        culprits = self._take_culprits()
         if is_new:
+            self._is_standing = False
             await self._equip(wanted)
-        sets = wanted if is_new else tuple(one for one in wanted if one.rules)
-        if self._kind is not None:
-            await self._make_stand(self._tools[self._kind], sets, is_new=is_new)
-        if is_new:
+        seen = self._see()
+        if self._kind is not None and (is_new or not self._is_verified(seen)):
+            self._is_standing = False
+            sets = wanted if is_new else tuple(one for one in wanted if one.rules)
+            await self._make_stand(self._tools[self._kind], sets, is_new=is_new, culprits=culprits)
+            seen = self._verified
+        if is_new or seen != self._tended:
             # Only now: the new rules stand before the old ones go.
-            await self._clean(wanted)
-            self._settled = wanted
+            is_done = await self._elsewhere.tend(
+                self._kind,
+                self._tools,
+                wanted,
+                legacy=seen.legacy,
+                is_new=is_new,
+                changed_by=" ".join(culprits),
+            )
+            self._tended = seen if is_done else None
+        self._settled = wanted
+        self._take_culprits()  # our own programs among them
         self._is_standing = True
+        if self._kind is Kind.NFT and self._view.generation() != seen.generation:
+            self._wake.set()  # somebody wrote meanwhile; it may have been us
 
     async def _equip(self, wanted: Sequence[RuleSet]) -> None:
         """Find the tools, and choose one if there are rules to write."""
@@ -154,65 +173,61 @@ class Firewall:
             for kind, program in usable.items()
         }
         if Kind.NFT in usable:
-            self._tools.setdefault(Kind.IPTABLES_NFT, Leftovers(usable[Kind.NFT]))
+            self._tools.setdefault(Kind.IPTABLES_NFT, IptablesByNft(usable[Kind.NFT]))
         before, self._kind = self._kind, None
         if any(one.rules for one in wanted):
-            census = await take_census(programs, self._kernel)
+            census = await self._view.census()
             choice = choose(programs, census, enable_nftables=self._enable_nftables)
             self._kind = choice.program.kind
             if self._kind is not before:
                 log.info("firewall tool=%s path=%s: %s", self._kind, choice.program.path, choice.reason)
+                self._elsewhere.know(census)
 
-    async def _make_stand(self, tool: Tool, sets: Sequence[RuleSet], *, is_new: bool) -> None:
+    async def _make_stand(
+        self, tool: Tool, sets: Sequence[RuleSet], *, is_new: bool, culprits: Sequence[str]
+    ) -> None:
         for turn in range(_PASSES):
-            generation = self._generation()
+            seen = self._see()
             changes = await tool.difference(sets)
             self._looks += 1
             if not changes:
-                self._verified = generation
-                self._take_culprits()  # our own programs among them
+                self._verified = seen
                 return
             if turn == 0 and not is_new:
                 self._repairs += 1
-                self._say_drifted()
+                self._say_drifted(culprits)
             for change in changes:
                 await change.apply()
             if turn == 0 and is_new:
                 log.info("firewall rules written tool=%s transactions=%d", self._kind, len(changes))
-        culprits = " ".join(self._take_culprits()) or "not known which"
+        again = " ".join(self._take_culprits()) or "not known which"
         raise FirewallError(
             f"keep rules with {self._kind}: they were written {_PASSES} times and do not stand",
-            hint=f"another program changes them at once: {culprits}",
+            hint=f"another program changes them at once: {again}",
         )
 
-    def _say_drifted(self) -> None:
+    def _say_drifted(self, culprits: Sequence[str]) -> None:
         """Once in a while is enough where somebody undoes ours again and again."""
-        culprits = " ".join(self._take_culprits())
         now = time.monotonic()
         if now - self._said >= _SAID_SPACING_S:
             self._said = now
             log.warning(
                 "firewall drift total=%d tool=%s changed_by=%s: putting our rules back",
-                self._repairs, self._kind, culprits or "?",
+                self._repairs, self._kind, " ".join(culprits) or "?",
             )  # fmt: skip
 
-    async def _clean(self, wanted: Sequence[RuleSet]) -> None:
-        """Remove our rules from the tools that are not in use."""
-        nothing = [RuleSet(one.family, one.purpose) for one in wanted]
-        for kind, tool in self._tools.items():
-            if kind is self._kind:
-                continue
-            changes = await tool.difference(nothing)
-            if changes:
-                log.warning("firewall rules of ours found in %s: removing them", kind)
-            for change in changes:
-                await change.apply()
+    def _see(self) -> _Seen:
+        # Where our rules are, a table of the same size may yet be another one.
+        before = None if self._kind is Kind.IPTABLES_LEGACY else self._legacy
+        self._legacy = self._view.legacy(before)
+        return _Seen(self._view.generation(), self._legacy)
 
-    def _generation(self) -> int | None:
-        """The state of what the tool in use writes to, where the kernel can tell."""
-        if self._kernel is None or self._kind in (None, Kind.IPTABLES_LEGACY):
-            return None
-        return self._kernel.generation()
+    def _is_verified(self, seen: _Seen) -> bool:
+        """Whether our rules cannot have changed since they stood."""
+        if self._kind is Kind.IPTABLES_LEGACY:
+            before, now = self._verified.legacy, seen.legacy
+            return before is not None and now is not None and before.ours == now.ours
+        return seen.generation is not None and seen.generation == self._verified.generation
 
     def _hear(self) -> None:
         """Somebody changed nftables. With iptables the look can wait: kube-proxy changes it all the time."""

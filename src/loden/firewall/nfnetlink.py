@@ -10,9 +10,16 @@ the program; a filter inside the kernel keeps out the thousands that may come be
 
     struct nfgenmsg { u8 nfgen_family, version; be16 res_id; };
     NFTA_GEN_ID be32, NFTA_GEN_PROC_PID be32, NFTA_GEN_PROC_NAME string
+    NFTA_TABLE_NAME string, NFTA_TABLE_USE be32
+    NFTA_CHAIN_TABLE string, NFTA_CHAIN_NAME string, NFTA_CHAIN_POLICY be32
+    NFTA_CHAIN_HOOK { NFTA_HOOK_HOOKNUM be32 }
+    NFTA_RULE_TABLE string
 """
 
 import struct
+from collections.abc import Collection, Mapping, Sequence
+
+import msgspec
 
 from loden.errors import KernelError
 from loden.tables import netlink
@@ -20,15 +27,47 @@ from loden.tables.netlink import NETLINK_NETFILTER, Message, Monitor, Netlink, p
 
 _NFNL_SUBSYS_NFTABLES = 10 << 8
 _NFT_MSG_GETTABLE = _NFNL_SUBSYS_NFTABLES | 1
+_NFT_MSG_GETCHAIN = _NFNL_SUBSYS_NFTABLES | 4
+_NFT_MSG_GETRULE = _NFNL_SUBSYS_NFTABLES | 7
 _NFT_MSG_NEWGEN = _NFNL_SUBSYS_NFTABLES | 15
 _NFT_MSG_GETGEN = _NFNL_SUBSYS_NFTABLES | 16
 _NFTA_GEN_ID, _NFTA_GEN_PROC_PID, _NFTA_GEN_PROC_NAME = 1, 2, 3
-_NFTA_TABLE_NAME = 1
+_NFTA_TABLE_NAME, _NFTA_TABLE_USE = 1, 3
+_NFTA_CHAIN_TABLE, _NFTA_CHAIN_NAME, _NFTA_CHAIN_HOOK, _NFTA_CHAIN_POLICY = 1, 3, 4, 5
+_NFTA_HOOK_HOOKNUM = 1
+_NFTA_RULE_TABLE = 1
+_NF_INET_FORWARD, _NF_DROP = 2, 0
 _NFNLGRP_NFTABLES = 7
 _ANY_FAMILY = struct.pack("=BBH", 0, 0, 0)
 
 #: ``NFPROTO_*``, as nft prints them.
 _FAMILIES = {1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}
+_NUMBERS = {name: number for number, name in _FAMILIES.items()}
+
+
+class Place(msgspec.Struct, frozen=True, order=True):
+    """A chain, as nft names it: ``ip filter FORWARD``."""
+
+    family: str
+    table: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.family} {self.table} {self.name}"
+
+
+class Found(msgspec.Struct, frozen=True):
+    """A chain that is there.
+
+    Args:
+        place: where.
+        drops: its policy is DROP; only chains with a hook have one.
+        forwards: its hook is forward.
+    """
+
+    place: Place
+    drops: bool
+    forwards: bool
 
 
 class Nftables:
@@ -71,15 +110,40 @@ class Nftables:
             heard += messages or ()
         return tuple(dict.fromkeys(map(_culprit, heard)))
 
-    async def tables(self) -> frozenset[str]:
-        """All tables, as nft names them: ``ip nat``; none where the kernel has no nftables."""
-        try:
-            datagrams = await self._requests.dump(_NFT_MSG_GETTABLE, _ANY_FAMILY)
-        except KernelError:
-            return frozenset()
-        return frozenset(
-            _table(message) for datagram in datagrams for message in netlink.parse_messages(datagram)
+    async def tables(self) -> dict[str, int]:
+        """All tables, as nft names them (``ip nat``), each with how many chains and sets are in it.
+
+        None where the kernel has no nftables.
+        """
+        found = await self._dump(_NFT_MSG_GETTABLE, _ANY_FAMILY)
+        return dict(map(_table, found))
+
+    def find_chains(self, places: Sequence[Place]) -> dict[Place, Found]:
+        """Those of these chains that are there. Does not block."""
+        answers = self._requests.ask([_chain_request(place) for place in places])
+        found = [_chain(answer) for answer in answers if isinstance(answer, Message)]
+        return {one.place: one for one in found}
+
+    async def dropping_chains(self) -> list[Place]:
+        """The chains that drop, by their policy, packets that are passed on. Reads all chains."""
+        found = map(_chain, await self._dump(_NFT_MSG_GETCHAIN, _ANY_FAMILY))
+        return sorted(one.place for one in found if one.drops and one.forwards)
+
+    async def count_rules(self, table: str, *, without: Collection[bytes]) -> int:
+        """How many rules a table has, but those with any of these texts in them."""
+        family, _, name = table.partition(" ")
+        body = _family(family) + netlink.attribute(_NFTA_RULE_TABLE, name.encode() + b"\0")
+        rules = await self._dump(_NFT_MSG_GETRULE, body)
+        return sum(
+            all(rule.buffer.find(text, rule.start, rule.end) < 0 for text in without) for rule in rules
         )
+
+    async def _dump(self, kind: int, body: bytes) -> list[Message]:
+        try:
+            datagrams = await self._requests.dump(kind, body)
+        except KernelError:
+            return []
+        return [message for datagram in datagrams for message in netlink.parse_messages(datagram)]
 
 
 def _attributes(message: Message) -> dict[int, bytes]:
@@ -92,7 +156,41 @@ def _culprit(message: Message) -> str:
     return f"{name}[{int.from_bytes(attributes.get(_NFTA_GEN_PROC_PID, b''), 'big')}]"
 
 
-def _table(message: Message) -> str:
-    family = _FAMILIES.get(message.buffer[message.start], "?")
-    name = _attributes(message).get(_NFTA_TABLE_NAME, b"").rstrip(b"\0").decode(errors="replace")
-    return f"{family} {name}"
+def _family(name: str) -> bytes:
+    return struct.pack("=BBH", _NUMBERS[name], 0, 0)
+
+
+def _chain_request(place: Place) -> bytes:
+    body = _family(place.family)
+    body += netlink.attribute(_NFTA_CHAIN_TABLE, place.table.encode() + b"\0")
+    body += netlink.attribute(_NFTA_CHAIN_NAME, place.name.encode() + b"\0")
+    return netlink.message(_NFT_MSG_GETCHAIN, 0, body)
+
+
+def _chain(message: Message) -> Found:
+    attributes = _attributes(message)
+    hook = attributes.get(_NFTA_CHAIN_HOOK, b"")
+    number = parse_attributes(hook, 0, len(hook)).get(_NFTA_HOOK_HOOKNUM)
+    policy = attributes.get(_NFTA_CHAIN_POLICY)
+    place = Place(
+        _family_of(message), _text(attributes, _NFTA_CHAIN_TABLE), _text(attributes, _NFTA_CHAIN_NAME)
+    )
+    return Found(place, drops=policy == _be32(_NF_DROP), forwards=number == _be32(_NF_INET_FORWARD))
+
+
+def _table(message: Message) -> tuple[str, int]:
+    attributes = _attributes(message)
+    used = int.from_bytes(attributes.get(_NFTA_TABLE_USE, b""), "big")
+    return f"{_family_of(message)} {_text(attributes, _NFTA_TABLE_NAME)}", used
+
+
+def _family_of(message: Message) -> str:
+    return _FAMILIES.get(message.buffer[message.start], "?")
+
+
+def _text(attributes: Mapping[int, bytes], kind: int) -> str:
+    return attributes.get(kind, b"").rstrip(b"\0").decode(errors="replace")
+
+
+def _be32(number: int) -> bytes:
+    return number.to_bytes(4, "big")

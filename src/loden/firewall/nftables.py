@@ -121,7 +121,7 @@ def is_same(wanted: Sequence[RuleSet], listed: Sequence[Any]) -> bool:
         for chain in (CHAINS[one.purpose] for one in sets)
     }
     expected = {
-        CHAINS[one.purpose].name: [list(_expression(one.family, rule)) for rule in one.rules] for one in sets
+        CHAINS[one.purpose].name: [list(expression(one.family, rule)) for rule in one.rules] for one in sets
     }
     return has_table == bool(sets) and chains == specs and rules == expected
 
@@ -131,11 +131,12 @@ def _render_chain(wanted: RuleSet) -> Iterator[str]:
     yield f"\tchain {chain.name} {{"
     yield f"\t\ttype {chain.type} hook {chain.hook} priority {chain.priority}; policy accept;"
     for rule in wanted.rules:
-        yield f"\t\t{' '.join(_words(wanted.family, rule))}"
+        yield f"\t\t{' '.join(words(wanted.family, rule))}"
     yield "\t}"
 
 
-def _words(family: Family, rule: Rule) -> Iterator[str]:
+def words(family: Family, rule: Rule) -> Iterator[str]:
+    """A rule as nft reads it."""
     if rule.is_marked:
         yield f"meta mark & {SERVICE_MARK:#x} == {SERVICE_MARK:#x}"
     for field, side in (("saddr", rule.source), ("daddr", rule.destination)):
@@ -146,7 +147,7 @@ def _words(family: Family, rule: Rule) -> Iterator[str]:
         yield "fully-random"
 
 
-def _expression(family: Family, rule: Rule) -> Iterator[Mapping[str, Any]]:
+def expression(family: Family, rule: Rule) -> Iterator[Mapping[str, Any]]:
     """A rule in the form that :func:`_plain` gives to what nft lists."""
     if rule.is_marked:
         masked = {"&": [{"meta": {"key": "mark"}}, SERVICE_MARK]}

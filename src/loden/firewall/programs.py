@@ -6,11 +6,14 @@ import enum
 import os
 import re
 import shutil
+from collections.abc import Sequence
+from typing import Protocol
 
 import msgspec
 
 from loden.address import Family
 from loden.errors import FirewallError
+from loden.firewall.rules import RuleSet
 
 #: A program that has not ended by then is not going to: nothing here takes longer than a second.
 _MOST_S = 20.0
@@ -68,6 +71,14 @@ class Change(msgspec.Struct, frozen=True):
             raise FirewallError(f"write rules with {name}: {done.complaint}", hint=_hint(done))
 
 
+class Tool(Protocol):
+    """A way to change the firewall."""
+
+    async def difference(self, wanted: Sequence[RuleSet]) -> list[Change]:
+        """What to change so that these chains are as wanted; those without rules shall not be there."""
+        ...
+
+
 class Program(msgspec.Struct, frozen=True):
     """A program that is installed.
 
@@ -92,12 +103,12 @@ class Program(msgspec.Struct, frozen=True):
         path = self.path if family is Family.IPV4 or self.kind is Kind.NFT else self.path_ipv6
         if not path:
             raise FirewallError(
-                f"write rules with {self.kind}: there is no program for {family}", hint=_INSTALL
+                f"write rules with {self.kind}: there is no program for {family}", hint=INSTALL
             )
         return path
 
 
-_INSTALL = "install nftables, or iptables with ip6tables"
+INSTALL = "install nftables, or iptables with ip6tables"
 
 
 async def run(*command: str, script: str = "") -> Output:
@@ -119,7 +130,7 @@ async def run(*command: str, script: str = "") -> Output:
             env={**os.environ, "LC_ALL": "C"},
         )
     except OSError as error:
-        raise FirewallError(f"run {command[0]}: {error.strerror}", hint=_INSTALL) from error
+        raise FirewallError(f"run {command[0]}: {error.strerror}", hint=INSTALL) from error
     try:
         async with asyncio.timeout(_MOST_S):
             text, complaint = await process.communicate(script.encode() if script else None)
