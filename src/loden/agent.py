@@ -176,11 +176,14 @@ class Agent:
             stack.callback(opened.close)
         self._devices = Devices(requests)
         self._reconciler = _reconciler(plan.host.network, requests, self._devices)
-        self._peers = Peers(plan.host.network, plan.backend, self._reconciler, lookups)
+        self._peers = Peers(plan, self._reconciler, lookups)
         self._own_changed = asyncio.Event()
         self._is_published = False
         self._knows_leases = asyncio.Event()
         self._host_changed = asyncio.Event()
+        self._troubles = {
+            family: Trouble(log, f"following the host for {family}") for family in plan.backends
+        }
 
     @property
     def is_ready(self) -> bool:
@@ -206,7 +209,9 @@ class Agent:
         """Want what our own lease asks for; the tasks do the rest."""
         plan, subnets = self._plan, [leg.subnet for leg in record.lease.legs]
         self._devices.follow([plan.host.underlay.name])
-        own = [entry for leg in record.lease.legs for entry in plan.backend.own_entries(leg)]
+        own = [
+            entry for leg in record.lease.legs for entry in plan.backends[leg.subnet.family].own_entries(leg)
+        ]
         self._reconciler.want(_OWN, own)
         self._reconciler.want(_HOST, self._host_entries(own, subnets))
         self._firewall.want(
@@ -249,7 +254,7 @@ class Agent:
             raise failures[0]
 
     async def _write_file(self) -> None:
-        lease, mtu, path = self._keeper.record.lease, self._plan.backend.mtu, self._options.subnet_file
+        lease, mtu, path = self._keeper.record.lease, self._plan.mtu, self._options.subnet_file
         masquerade = self._options.firewall.masquerade
         text = render(self._plan.host.network, lease, mtu=mtu, ip_masq=masquerade)
         await asyncio.to_thread(write_atomic, path, text)  # a disk may take its time
@@ -326,18 +331,33 @@ class Agent:
             await asyncio.sleep(max(_HOST_DEBOUNCE_S, 20 * (time.monotonic() - before)))
 
     async def _plan_again(self) -> None:
-        host = self._plan.host
-        plan = await make_plan(self._options.selection, host.network, self._questions, current=host.underlay)
-        changes = host.underlay.differences(plan.host.underlay)
-        if not changes:
-            if plan.backend.needs_hops:
+        before = self._plan
+        network = before.host.network
+        plan = await make_plan(self._options.selection, network, self._questions, current=before)
+        self._say_troubles(plan)
+        changes = before.host.underlay.differences(plan.host.underlay)
+        if not changes and plan.troubles.keys() == before.troubles.keys():
+            if plan.needs_hops:
                 self._peers.program()
             return
-        log.warning("interface changed: %s; the lease is written again, the subnet stays", "; ".join(changes))
         self._plan = plan
-        self._peers.use(plan.backend)
+        self._peers.use(plan)
         self._stand(self._keeper.record)
-        self._keeper.publish_again()
+        if changes:
+            log.warning(
+                "interface changed: %s; the lease is written again, the subnet stays", "; ".join(changes)
+            )
+            self._keeper.publish_again()
+
+    def _say_troubles(self, plan: Plan) -> None:
+        """Say of a family that the host does not fit any more, or fits again; the other one goes on."""
+        for family, trouble in self._troubles.items():
+            if family in plan.troubles:
+                trouble.happened(plan.troubles[family])
+            else:
+                trouble.ended()
+        if plan.troubles:
+            asyncio.get_running_loop().call_later(_PATIENCE_S, self._host_changed.set)
 
     def _status(self) -> str:
         failing = self._reconciler.statistics.failing

@@ -158,6 +158,8 @@ class Selection(msgspec.Struct, frozen=True):
     public_ipv6: str = ""
 
 
+#: RFC 8200. The kernel takes its IPv6 addresses from an interface whose MTU falls below.
+_LEAST_IPV6_MTU = 1280
 #: Kinds of interface (``IFLA_INFO_KIND``) that lie above others.
 _OVERLAYS = frozenset(
     (
@@ -222,7 +224,8 @@ def select_again(
 ) -> Underlay:
     """The interface for a fabric that runs: the same for as long as it serves, whatever else comes up.
 
-    A default route that moves to a VPN for an hour must not take the fabric along.
+    A default route that moves to a VPN for an hour must not take the fabric along. An address that vanishes
+    does not make way for a link-local one, under which no peer would reach this host.
 
     Args:
         current: what was chosen before.
@@ -231,6 +234,7 @@ def select_again(
     Raises:
         InterfaceError: the current interface serves no more, and nothing else fits.
     """
+    facts = _without_link_local(facts, current)
     wish: Underlay | InterfaceError
     try:
         wish = select(selection, families, facts, lookup)
@@ -249,6 +253,19 @@ def select_again(
     if isinstance(wish, InterfaceError):
         raise wish
     return wish
+
+
+def _without_link_local(facts: HostFacts, current: Underlay) -> HostFacts:
+    """The facts without link-local addresses, in the families that use another one now."""
+    families = {
+        family
+        for family, address in current.addresses.items()
+        if not _is_link_local(HostAddress(current.index, address, family.bits))
+    }
+    addresses = tuple(
+        own for own in facts.addresses if Family.of(own.address) not in families or not _is_link_local(own)
+    )
+    return msgspec.structs.replace(facts, addresses=addresses)
 
 
 def _candidates(
@@ -380,7 +397,7 @@ def _underlay(
     for family in families:
         usable = _usable(link, family, facts)
         if family not in own and not usable:
-            raise InterfaceError(f"{link.name}: it has no usable {family} address")
+            raise InterfaceError(f"{link.name}: it has no usable {family} address{_why_none(link, family)}")
         own.setdefault(family, usable[0] if usable else b"")
     addresses = {family: own[family] for family in families}
     return Underlay(
@@ -391,6 +408,12 @@ def _underlay(
         public={**addresses, **asked_public},
         reason=_reason(candidate, asked_public, facts),
     )
+
+
+def _why_none(link: Link, family: Family) -> str:
+    """Why an interface may have lost its addresses."""
+    is_too_small = family is Family.IPV6 and link.mtu < _LEAST_IPV6_MTU
+    return f": its MTU is {link.mtu}, and IPv6 needs {_LEAST_IPV6_MTU}" if is_too_small else ""
 
 
 def _reason(candidate: _Candidate, asked_public: Mapping[Family, bytes], facts: HostFacts) -> str:

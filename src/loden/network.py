@@ -66,6 +66,12 @@ class Network(msgspec.Struct, frozen=True):
         """The enabled families, IPv4 first."""
         return tuple(found.family for found in self.ranges)
 
+    def only(self, family: Family) -> "Network":
+        """The same network with one of its families."""
+        return msgspec.structs.replace(
+            self, ranges=tuple(found for found in self.ranges if found.family is family)
+        )
+
 
 class _FamilyKeys(msgspec.Struct, frozen=True):
     """What the configuration calls things in one family, and the lengths that subnets have.

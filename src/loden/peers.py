@@ -8,11 +8,10 @@ under the lease's key, to the reconciler; what it returned before goes.
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 
-from loden.backends.base import Backend
 from loden.errors import LeaseError, PeerUnreachable
 from loden.interface import Hop
 from loden.lease import Lease, Leg
-from loden.network import Network
+from loden.plan import Plan
 from loden.reconcile import Reconciler
 from loden.stores.base import Changes, Record, Snapshot
 from loden.stores.changes import difference
@@ -27,15 +26,13 @@ class Peers:
     """Every lease that is known, our own among them, and which of them cannot be served.
 
     Args:
-        network: the cluster's configuration.
-        backend: turns leases into entries.
+        plan: what turns leases into entries.
         reconciler: is told what is wanted.
         lookups: a socket of our own, to ask the kernel for the way to a peer.
     """
 
-    def __init__(self, network: Network, backend: Backend, reconciler: Reconciler, lookups: Netlink) -> None:
-        self._families = network.families
-        self._backend = backend
+    def __init__(self, plan: Plan, reconciler: Reconciler, lookups: Netlink) -> None:
+        self._plan = plan
         self._reconciler = reconciler
         self._lookups = lookups
         self._own: Record | None = None
@@ -52,9 +49,9 @@ class Peers:
         self._own = record
         self.program()
 
-    def use(self, backend: Backend) -> None:
-        """Turn leases into entries by this backend from the next time on."""
-        self._backend = backend
+    def use(self, plan: Plan) -> None:
+        """Turn leases into entries by this plan from the next time on."""
+        self._plan = plan
 
     def take(self, news: Changes | Snapshot) -> None:
         """Take note of what the store says, and want what follows from it."""
@@ -81,7 +78,7 @@ class Peers:
 
     def _program(self, keys: Sequence[str]) -> None:
         known = [self._records[key] for key in keys if key in self._records]
-        hops = self._find_hops(record.lease for record in known) if self._backend.needs_hops else {}
+        hops = self._find_hops(record.lease for record in known) if self._plan.needs_hops else {}
         for key in keys:
             if key in self._records:
                 self._reconciler.want(key, self._serve(self._records[key], hops))
@@ -114,11 +111,11 @@ class Peers:
     def _legs(self, record: Record) -> Iterable[Leg]:
         own, lease = self._own, record.lease
         # Peers of another backend are served by nobody (COMPAT §2.3), also where they were of ours (W12).
-        if lease.backend_type != self._backend.lease_type or (own is not None and record.key == own.key):
+        if lease.backend_type != self._plan.lease_type or (own is not None and record.key == own.key):
             return ()
-        return (leg for leg in lease.legs if leg.subnet.family in self._families)
+        return (leg for leg in lease.legs if leg.subnet.family in self._plan.backends)
 
     def _entries(self, leg: Leg, hops: Mapping[bytes, Hop | None]) -> Sequence[Entry]:
         if self._own is not None and any(leg.subnet.overlaps(it.subnet) for it in self._own.lease.legs):
             raise PeerUnreachable(f"route {leg.subnet}: another host's lease overlaps our own subnet")
-        return self._backend.entries(leg, hops.get(leg.public or b""))
+        return self._plan.backends[leg.subnet.family].entries(leg, hops.get(leg.public or b""))

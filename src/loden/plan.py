@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an agent finds out before it takes a lease: the network, the interface, the backend."""
+"""What an agent finds out before it takes a lease: the network, the interface, the backend.
+
+Once it runs, the host may stop to fit one family of two: the interface's MTU falls below what IPv6 needs, or
+it loses one of its addresses. Then each family is planned apart. The one that fits follows the host, and the
+other keeps the plan that it had, with what is said to be wrong, until it fits again.
+"""
 
 import errno as errnos
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -10,7 +15,7 @@ from loden.address import Family, Prefix
 from loden.backend_options import decode_options
 from loden.backends import find
 from loden.backends.base import Backend, Host
-from loden.errors import ConfigError
+from loden.errors import ConfigError, InterfaceError, LodenError
 from loden.interface import Hop, HostFacts, Selection, Underlay, select, select_again
 from loden.lease import Lease, Leg
 from loden.network import Network, parse_network
@@ -28,14 +33,31 @@ class Plan(msgspec.Struct, frozen=True):
     """What the network's configuration and the host come to.
 
     Args:
-        host: what the backend was made for.
-        backend: as the configuration names it.
+        host: what the backend was made for; of families that were planned apart, what they come to together.
+        backends: as the configuration names it, for each family; one and the same unless planned apart.
         notes: what the configuration's author should know.
+        troubles: families that the host does not fit now, and that keep an earlier plan.
     """
 
     host: Host
-    backend: Backend
+    backends: Mapping[Family, Backend]
     notes: tuple[str, ...]
+    troubles: Mapping[Family, LodenError] = {}
+
+    @property
+    def lease_type(self) -> str:
+        """``BackendType`` in leases, of peers that can be served too."""
+        return next(iter(self.backends.values())).lease_type
+
+    @property
+    def needs_hops(self) -> bool:
+        """Whether any backend asks where the kernel would send packets to a peer's address."""
+        return any(backend.needs_hops for backend in self.backends.values())
+
+    @property
+    def mtu(self) -> int:
+        """What a container may send whatever the family, bytes."""
+        return min(backend.mtu for backend in self.backends.values())
 
     def claim(self, previous: Sequence[Prefix]) -> Claim:
         """What this host asks the store for.
@@ -53,10 +75,10 @@ class Plan(msgspec.Struct, frozen=True):
 
     def _lease(self, subnets: dict[Family, Prefix]) -> Lease:
         legs = {
-            family: Leg(subnet, self.host.underlay.public[family], self.backend.data(family))
+            family: Leg(subnet, self.host.underlay.public[family], self.backends[family].data(family))
             for family, subnet in subnets.items()
         }
-        return Lease.make(legs, self.backend.lease_type)
+        return Lease.make(legs, self.lease_type)
 
 
 async def read_network(store: Store) -> Network:
@@ -78,7 +100,7 @@ async def read_network(store: Store) -> Network:
 
 
 async def make_plan(
-    selection: Selection, network: Network, requests: Netlink, *, current: Underlay | None = None
+    selection: Selection, network: Network, requests: Netlink, *, current: Plan | None = None
 ) -> Plan:
     """Look at the host and decide. It can be called again when the host is not what it was.
 
@@ -86,7 +108,8 @@ async def make_plan(
         selection: which interface was asked for.
         network: the cluster's configuration.
         requests: a socket for the questions.
-        current: the interface that is in use; it stays as long as it serves.
+        current: what is in use; its interface stays as long as it serves, and a family that does not fit any
+            more keeps its part of it.
 
     Raises:
         ConfigError: the backend's options, or the host, do not fit.
@@ -98,15 +121,78 @@ async def make_plan(
     def lookup(address: bytes) -> Hop | None:
         return find_hops(requests, [address])[address]
 
-    if current is None:
-        underlay = select(selection, network.families, facts, lookup)
-    else:
-        underlay = select_again(current, selection, network.families, facts, lookup)
-    require_apart(network, underlay, facts)
-    host = Host(network=network, underlay=underlay, facts=facts)
-    kind = find(network.backend_type)
-    backend_options, notes = decode_options(network.backend, kind.Options)
-    return Plan(host, kind(host, backend_options), network.notes + notes)
+    def attempt(part: Network) -> Plan:
+        before = current.host.underlay if current else None
+        if before is None:
+            underlay = select(selection, part.families, facts, lookup)
+        else:
+            underlay = select_again(before, selection, part.families, facts, lookup)
+        require_apart(part, underlay, facts)
+        host = Host(network=part, underlay=underlay, facts=facts)
+        kind = find(part.backend_type)
+        backend_options, notes = decode_options(part.backend, kind.Options)
+        backend = kind(host, backend_options)
+        return Plan(host, dict.fromkeys(part.families, backend), part.notes + notes)
+
+    try:
+        return attempt(network)
+    except (ConfigError, InterfaceError) as error:
+        plans, troubles = _attempt_apart(network, attempt) if current else ({}, {})
+        if current is None or not plans:
+            raise
+        return _join(current, plans, troubles, error)
+
+
+def _attempt_apart(
+    network: Network, attempt: Callable[[Network], Plan]
+) -> tuple[dict[Family, Plan], dict[Family, LodenError]]:
+    """A plan for each family alone, or what is wrong with it."""
+    plans: dict[Family, Plan] = {}
+    troubles: dict[Family, LodenError] = {}
+    for family in network.families:
+        try:
+            plans[family] = attempt(network.only(family))
+        except (ConfigError, InterfaceError) as error:
+            troubles[family] = error
+    return plans, troubles
+
+
+def _join(
+    current: Plan, plans: Mapping[Family, Plan], troubles: Mapping[Family, LodenError], error: LodenError
+) -> Plan:
+    """One plan of those that were made apart; what is missing is as it was.
+
+    Args:
+        current: what is in use.
+        plans: the families that fit; at least one.
+        troubles: why the others do not.
+        error: why not all of them together.
+    """
+    name = current.host.underlay.name
+    first = next((plan for plan in plans.values() if plan.host.underlay.name == name), None)
+    first = first or next(iter(plans.values()))
+    # There is one interface: a family that fits another one alone has to wait.
+    fitting = {
+        family: plan for family, plan in plans.items() if plan.host.underlay.name == first.host.underlay.name
+    }
+    underlays = {family: plan.host.underlay for family, plan in fitting.items()}
+    before = current.host.underlay
+    underlay = msgspec.structs.replace(
+        first.host.underlay,
+        addresses={**before.addresses, **{one: it.addresses[one] for one, it in underlays.items()}},
+        public={**before.public, **{one: it.public[one] for one, it in underlays.items()}},
+    )
+    return Plan(
+        host=Host(network=current.host.network, underlay=underlay, facts=first.host.facts),
+        backends={
+            family: fitting[family].backends[family] if family in fitting else backend
+            for family, backend in current.backends.items()
+        },
+        notes=current.notes,
+        troubles={
+            family: troubles.get(family, error) for family in current.backends if family not in fitting
+        },
+    )
 
 
 def require_apart(network: Network, underlay: Underlay, facts: HostFacts) -> None:

@@ -17,6 +17,8 @@ from loden.network import Network
 
 _log = logging.getLogger(__name__)
 
+#: The least MTU with which the kernel lets an interface have an address of the family.
+_LEAST_MTU = {Family.IPV4: 68, Family.IPV6: 1280}
 _PREFIXES = {Family.IPV4: "FLANNEL", Family.IPV6: "FLANNEL_IPV6"}
 _MOST_BYTES = 65536
 
@@ -36,6 +38,9 @@ class Previous(msgspec.Struct, frozen=True):
 def render(network: Network, lease: Lease, *, mtu: int, ip_masq: bool = False) -> str:
     """The file's text: two lines a family, then MTU and masquerading.
 
+    A family that cannot live with the MTU is left out: no container could be given its address, and none
+    would start for that.
+
     Args:
         network: says which families there are.
         lease: the host's own; it has a leg in each of them.
@@ -45,7 +50,7 @@ def render(network: Network, lease: Lease, *, mtu: int, ip_masq: bool = False) -
     lines = []
     for part in network.ranges:
         leg = lease.leg(part.family)
-        if leg is not None:
+        if leg is not None and mtu >= _LEAST_MTU[part.family]:
             prefix = _PREFIXES[part.family]
             lines.append(f"{prefix}_NETWORK={part.network}")
             lines.append(f"{prefix}_SUBNET={format_address(leg.subnet.gateway)}/{leg.subnet.length}")

@@ -319,6 +319,74 @@ def test_full_packets_pass_whole_and_one_byte_more_is_refused(family: Stack, bac
         assert [_fragments(host) for host in (h1, h2)] == [0, 0]
 
 
+def _subnet_env(lab: Lab) -> str:
+    return lab.state.subnet_file("h1").read_text()
+
+
+def _said(lab: Lab, *parts: str) -> list[str]:
+    return [line for line in lab.state.log_lines("h1") if all(part in line for part in parts)]
+
+
+def _device_mtu(host: Host, name: str) -> int:
+    (device,) = json.loads(_ip(host, "-json", "link", "show", name))
+    return int(device["mtu"])
+
+
+@pytest.mark.parametrize(
+    ("backend", "mtu", "reason", "inner"),
+    [
+        (
+            "vxlan",
+            1300,
+            ("1230 bytes are left", "set Backend.MTU to 1350 or more, or raise the interface's"),
+            1250,
+        ),
+        ("vxlan", 1200, ("no usable IPv6 address: its MTU is 1200, and IPv6 needs 1280",), 1150),
+        ("host-gw", 1200, ("no usable IPv6 address: its MTU is 1200, and IPv6 needs 1280",), 1200),
+    ],
+)
+def test_mtu_that_is_too_low_for_ipv6_does_not_hold_ipv4_back(
+    backend: str, mtu: int, reason: tuple[str, ...], inner: int
+) -> None:
+    with running(_spec(backend=backend)) as lab:
+        h1 = lab.plan.hosts[0]
+        before, leases = _subnet_env(lab), _snapshot(lab).records.keys()
+        _ip(h1, "link", "set", "eth0", "mtu", str(mtu))
+        _until(lambda: f"FLANNEL_MTU={inner}\n" in _subnet_env(lab))
+        _until(lambda: bool(_said(lab, "following the host for IPv6 fails", *reason)))
+        assert "FLANNEL_SUBNET=" in _subnet_env(lab)
+        assert "IPV6" not in _subnet_env(lab)  # no container could have such an address
+        if backend == "vxlan":
+            assert _device_mtu(h1, "flannel.1") == inner
+            assert _device_mtu(h1, "flannel-v6.1") == 1430  # what stands stays
+        assert {pair.family for pair in lab.check(tries=1).pairs if pair.ok} >= {"ipv4"}
+        _ip(h1, "link", "set", "eth0", "mtu", "1500")
+        if mtu < 1280:  # the kernel took the address away
+            address = format_address(h1.addresses[_IPV6])
+            _ip(h1, "address", "add", f"{address}/64", "dev", "eth0", "nodad")
+        _until(lambda: _subnet_env(lab) == before)
+        _until(lambda: bool(_said(lab, "following the host for IPv6 works again")))
+        assert len(_said(lab, "following the host for IPv6 fails", *reason)) == 1
+        assert _snapshot(lab).records.keys() == leases
+        assert lab.check().reachable
+
+
+def test_family_that_loses_its_address_does_not_hold_the_other_back() -> None:
+    """The other one's address changes meanwhile, and is followed."""
+    with running(_spec()) as lab:
+        h1, h2 = lab.plan.hosts
+        _ip(h1, "address", "delete", f"{format_address(h1.addresses[_IPV6])}/64", "dev", "eth0")
+        _until(lambda: bool(_said(lab, "following the host for IPv6 fails", "no usable IPv6 address")))
+        _ip(h1, "address", "delete", f"{format_address(h1.addresses[_IPV4])}/24", "dev", "eth0")
+        _ip(h1, "address", "add", "198.18.0.77/24", "dev", "eth0")
+        _until(lambda: " dst 198.18.0.77 " in _fdb(h2, _IPV4))
+        assert {pair.family for pair in lab.check(tries=1).pairs if pair.ok} >= {"ipv4"}
+        assert "FLANNEL_IPV6_SUBNET=" in _subnet_env(lab)  # the address may be back any moment
+        _ip(h1, "address", "add", "2001:db8::77/64", "dev", "eth0", "nodad")
+        _until(lambda: " dst 2001:db8::77 " in _fdb(h2, _IPV6))
+        assert lab.check().reachable
+
+
 # What becomes of a peer's lease
 
 

@@ -217,6 +217,12 @@ def test_hint_stays_short_on_a_host_with_many_interfaces() -> None:
     assert caught.value.hint.endswith("and 1987 more")
 
 
+def test_mtu_that_took_the_ipv6_addresses_is_named() -> None:
+    host = HostFacts((Link(9, "eth9", mtu=1200),), (own(9, "10.0.0.9"),))
+    with pytest.raises(InterfaceError, match="no usable IPv6 address: its MTU is 1200, and IPv6 needs 1280"):
+        chosen(Selection(iface=("eth9",)), DUAL, host)
+
+
 def test_interface_without_mtu_is_refused() -> None:
     host = HostFacts((Link(9, "eth9", mtu=0),), (own(9, "10.0.0.9"),))
     with pytest.raises(InterfaceError, match="MTU is 0"):
@@ -263,6 +269,16 @@ def test_interface_that_lost_its_address_gives_way_to_another() -> None:
     found = again(current, bare)
     assert found.name == "eth0"
     assert "eth1 (index 3) is now eth0 (index 2)" in current.differences(found)
+
+
+def test_address_that_vanishes_does_not_make_way_for_a_link_local_one() -> None:
+    selection = Selection(iface=("eth0",))
+    link_local = own(2, "169.254.7.7", scope=253)
+    current = chosen(selection)
+    with pytest.raises(InterfaceError, match="eth0: it has no usable IPv4 address"):
+        again(current, HostFacts(links=(LO, ETH0), addresses=(link_local,)), selection)
+    bare = HostFacts(links=(LO, ETH0), addresses=(link_local,))
+    assert again(chosen(selection, host=bare), bare, selection).addresses[Family.IPV4] == link_local.address
 
 
 def test_interface_that_was_asked_for_by_name_is_waited_for() -> None:

@@ -44,6 +44,13 @@ def test_text_has_the_enabled_families_alone() -> None:
     ]
 
 
+@pytest.mark.parametrize(("mtu", "has_ipv6"), [(1280, True), (1279, False)])
+def test_text_leaves_out_a_family_that_cannot_live_with_the_mtu(mtu: int, has_ipv6: bool) -> None:
+    text = render(DUAL, LEASE, mtu=mtu)
+    assert "FLANNEL_SUBNET=10.5.72.1/24\n" in text
+    assert ("FLANNEL_IPV6_NETWORK=" in text, "FLANNEL_IPV6_SUBNET=" in text) == (has_ipv6, has_ipv6)
+
+
 def test_write_then_read_gives_what_was_written(path: Path) -> None:
     write_atomic(str(path), render(DUAL, LEASE, mtu=1450))
     assert read_previous(str(path)) == Previous(
