@@ -24,6 +24,7 @@ class Link(msgspec.Struct, frozen=True):
         mac: the link-layer address; empty where the link has none.
         is_up: administratively up (``IFF_UP``).
         is_loopback: ``IFF_LOOPBACK``.
+        alias: ``IFLA_IFALIAS``, which says whose it is.
     """
 
     index: int
@@ -33,6 +34,16 @@ class Link(msgspec.Struct, frozen=True):
     mac: bytes = b""
     is_up: bool = True
     is_loopback: bool = False
+    alias: bytes = b""
+
+
+#: Kinds of interface (``IFLA_INFO_KIND``) that lead out of the host; a network card has none.
+_LEADING_OUT = frozenset(("", "bond", "team", "vlan"))
+
+
+def leads_out(link: Link) -> bool:
+    """Whether an interface is a network card, or stands on some; others end within the machine."""
+    return link.kind in _LEADING_OUT
 
 
 class HostAddress(msgspec.Struct, frozen=True):
@@ -79,12 +90,14 @@ class Hop(msgspec.Struct, frozen=True, gc=False):
         source: the preferred source address, packed; None where the kernel names none.
         via: the next router, packed; None where the destination is on-link.
         device: the outgoing interface's name.
+        mtu: what a router on the way has said is the most it lets through, bytes; 0 where none has.
     """
 
     index: int
     source: bytes | None = None
     via: bytes | None = None
     device: str = ""
+    mtu: int = 0
 
 
 class HostFacts(msgspec.Struct, frozen=True):
@@ -113,6 +126,7 @@ class Underlay(msgspec.Struct, frozen=True):
         addresses: the interface's own address by family, packed.
         public: the address that peers use, by family, packed; the interface's unless told otherwise.
         reason: why this one, for the log.
+        public_port: the UDP port that peers use, where it is not the one all hosts have; else 0.
     """
 
     name: str
@@ -121,6 +135,7 @@ class Underlay(msgspec.Struct, frozen=True):
     addresses: Mapping[Family, bytes]
     public: Mapping[Family, bytes]
     reason: str = ""
+    public_port: int = 0
 
     def differences(self, other: "Underlay") -> list[str]:
         """What is not the same in another, in words; the reason does not count."""
@@ -149,6 +164,7 @@ class Selection(msgspec.Struct, frozen=True):
         iface_regex: patterns for addresses, then names, tried in order.
         can_reach: an address; the interface the kernel would use for it.
         public_ip, public_ipv6: the addresses to announce, as text.
+        public_port: the UDP port to announce; 0 for the one that all hosts have.
     """
 
     iface: tuple[str, ...] = ()
@@ -156,6 +172,7 @@ class Selection(msgspec.Struct, frozen=True):
     can_reach: str = ""
     public_ip: str = ""
     public_ipv6: str = ""
+    public_port: int = 0
 
 
 #: RFC 8200. The kernel takes its IPv6 addresses from an interface whose MTU falls below.
@@ -213,7 +230,8 @@ def select(selection: Selection, families: tuple[Family, ...], facts: HostFacts,
             misses.append(candidate)
             continue
         try:
-            return _underlay(candidate, families, asked_public, facts)
+            found = _underlay(candidate, families, asked_public, facts)
+            return msgspec.structs.replace(found, public_port=selection.public_port)
         except InterfaceError as error:
             misses.append(error.message)
     raise InterfaceError(f"choose an interface: {'; '.join(misses)}", hint=_what_there_is(facts))

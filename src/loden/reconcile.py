@@ -208,8 +208,8 @@ class Reconciler:
             work, self._dirty = self._dirty, {table.entry_type: {} for table in self._tables}
             for table in self._tables:
                 has_put = await self._put(table, work[table.entry_type])
-                if has_put and table is self._tables[0]:
-                    self.look_soon()  # what stood on a device that had to be made anew went with it
+                if has_put and table.entry_type.carries_others:
+                    self.look_soon()  # what stood on what had to be made anew went with it
             for table in reversed(self._tables):
                 if work[table.entry_type]:
                     await self._drop(table, work[table.entry_type])

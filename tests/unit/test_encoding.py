@@ -165,7 +165,7 @@ def test_link_message_of_a_vxlan_device_is_read_field_by_field() -> None:
     assert (link.index, link.name, link.kind, link.mtu, link.mac) == (5, "flannel.7", "vxlan", 1450, MAC)
     assert (link.is_up, link.is_loopback) == (True, True)
     assert state is not None
-    assert (state.alias, state.vni, state.port, state.underlay_index) == (b"loden", 7, 4789, 2)
+    assert (link.alias, state.vni, state.port, state.underlay_index) == (b"loden", 7, 4789, 2)
     assert (state.local, state.gbp, state.learning) == (parse_address("192.0.2.1"), True, True)
 
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from loden.address import Prefix
 from loden.errors import KernelError
 from loden.reconcile import Reconciler
-from loden.tables.entries import Entry, LinkAddress, Neighbour, Route
+from loden.tables.entries import Entry, Neighbour, Route, TunLink
 from tests.contract.table import run
 from tests.unit.fake_table import FakeTable
 
-LINK = LinkAddress("flannel.1", b"\x0a\5\1\0", 32)  # stands in for what all else stands on
+LINK = TunLink("flannel.1", 1472)  # what all else stands on
 
 
 def neighbour(number: int, mac: int = 0) -> Neighbour:
@@ -36,7 +36,7 @@ class World:
     def __init__(self) -> None:
         self.now_s = 1000.0
         self.journal: list[str] = []
-        self.links = FakeTable(LinkAddress, self.journal)
+        self.links = FakeTable(TunLink, self.journal)
         self.neighbours = FakeTable(Neighbour, self.journal)
         self.routes = FakeTable(Route, self.journal)
         self.tables = (self.links, self.neighbours, self.routes)
@@ -88,7 +88,7 @@ class TestOrder:
         world.want("own", LINK)
         world.want("peer", route(9), neighbour(9))
         world.settle()
-        stack = [f"LinkAddress {LINK}", f"Neighbour {neighbour(9)}", f"Route {route(9)}"]
+        stack = [f"TunLink {LINK}", f"Neighbour {neighbour(9)}", f"Route {route(9)}"]
         assert world.said() == [f"put {entry}" for entry in stack]
         world.want("peer")
         world.want("own")
@@ -110,7 +110,7 @@ class TestOrder:
         world.plant(neighbour(77))
         world.look()
         assert world.journal == [
-            "read LinkAddress", f"put LinkAddress {LINK}",
+            "read TunLink", f"put TunLink {LINK}",
             "read Neighbour",
             "read Route", f"put Route {route(9)}",
             f"drop Neighbour {neighbour(77)}",
@@ -444,7 +444,7 @@ class TestGarbage:
 
     def test_every_look_lets_tables_tidy_up(self, world: World) -> None:
         world.look()
-        assert world.journal == ["read LinkAddress", "read Neighbour", "read Route"]
+        assert world.journal == ["read TunLink", "read Neighbour", "read Route"]
 
 
 class TestConcurrency:

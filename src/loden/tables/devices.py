@@ -52,20 +52,28 @@ class VxlanState(msgspec.Struct, frozen=True):
 
     Args:
         link: what every device has.
-        alias: ``IFLA_IFALIAS``.
         vni, port, gbp, learning: as in :class:`VxlanLink`.
         local: None where unset.
         underlay_index: of the lower device; 0 where unset.
     """
 
     link: Link
-    alias: bytes
     vni: int
     port: int
     local: bytes | None
     underlay_index: int
     gbp: bool
     learning: bool
+
+
+def encode_link(kind: int, index: int, *, mtu: int = 0, alias: bytes = b"", queue_length: int = 0) -> bytes:
+    """``ip link set INDEX up [mtu MTU] [alias ALIAS] [txqueuelen LENGTH]``, or ``delete``, as a message."""
+    flags = 0 if kind == netlink.RTM_DELLINK else IFF_UP
+    body = _IFINFO.pack(0, 0, index, flags, flags)
+    body += attribute_u32(_IFLA_MTU, mtu) if mtu else b""
+    body += attribute_u32(_IFLA_TXQLEN, queue_length) if queue_length else b""
+    body += attribute(_IFLA_IFALIAS, alias) if alias else b""
+    return netlink.message(kind, 0, body)
 
 
 def parse_link(found: Message) -> tuple[Link, VxlanState | None]:
@@ -82,6 +90,7 @@ def parse_link(found: Message) -> tuple[Link, VxlanState | None]:
         mac=attributes.get(_IFLA_ADDRESS, b""),
         is_up=bool(flags & IFF_UP),
         is_loopback=bool(flags & IFF_LOOPBACK),
+        alias=attributes.get(_IFLA_IFALIAS, b"").rstrip(b"\0"),
     )
     if link.kind != "vxlan":
         return link, None
@@ -89,7 +98,6 @@ def parse_link(found: Message) -> tuple[Link, VxlanState | None]:
     data = parse_attributes(raw, 0, len(raw))
     return link, VxlanState(
         link=link,
-        alias=attributes.get(_IFLA_IFALIAS, b"").rstrip(b"\0"),
         vni=number_in(data, _VXLAN_ID),
         port=int.from_bytes(data.get(_VXLAN_PORT, b""), "big"),
         local=data.get(_VXLAN_LOCAL) or data.get(_VXLAN_LOCAL6),
@@ -147,8 +155,8 @@ class Devices:
 
     def is_ours(self, index: int) -> bool:
         """Whether a device carries our alias: everything permanent on it is ours."""
-        state = self._vxlans.get(self._names.get(index, ""))
-        return state is not None and state.alias == ALIAS
+        link = self._links.get(self._names.get(index, ""))
+        return link is not None and link.alias == ALIAS
 
     def matters(self, index: int) -> bool:
         """Whether entries stand on a device: it is ours, or one of others that ours use."""
@@ -157,7 +165,11 @@ class Devices:
     @property
     def ours(self) -> list[Link]:
         """The devices that carry our alias."""
-        return [state.link for state in self._vxlans.values() if state.alias == ALIAS]
+        return [link for link in self._links.values() if link.alias == ALIAS]
+
+    def link(self, name: str) -> Link | None:
+        """A device of any kind and owner, as last seen."""
+        return self._links.get(name)
 
     def vxlan(self, name: str) -> VxlanState | None:
         """A VXLAN device of any owner, as last seen."""
@@ -196,7 +208,7 @@ class Devices:
         await self.refresh()
         found: dict[Hashable, VxlanLink] = {}
         for name, state in self._vxlans.items():
-            if state.alias != ALIAS or (name in wanted and not state.link.is_up):
+            if state.link.alias != ALIAS or (name in wanted and not state.link.is_up):
                 continue
             found[name] = self._entry(state, wanted.get(name))
         return found
@@ -250,7 +262,7 @@ class Devices:
             return failures
         for entry in entries:
             state = self._vxlans.get(entry.name)
-            if state is None or state.alias != ALIAS:
+            if state is None or state.link.alias != ALIAS:
                 continue
             refused = await self._delete(state.link.index)
             if refused and refused.errno != errnos.ENODEV:
@@ -284,7 +296,7 @@ class Devices:
             await self._create(entry, underlay)
         else:
             await self._change(entry, state, underlay)
-        _refuse_router_advertisements(entry.name)
+        refuse_router_advertisements(entry.name)
 
     async def _create(self, entry: VxlanLink, underlay: int) -> None:
         body = _IFINFO.pack(0, 0, 0, 0, 0) + b"".join(
@@ -321,7 +333,7 @@ class Devices:
             attributes += attribute_u32(_IFLA_MTU, entry.mtu)
         if link.mac != entry.mac:
             attributes += attribute(_IFLA_ADDRESS, entry.mac)
-        if state.alias != ALIAS:
+        if link.alias != ALIAS:
             attributes += attribute(_IFLA_IFALIAS, ALIAS)
         if attributes or not link.is_up:
             await self._set(entry, link.index, attributes)
@@ -381,8 +393,11 @@ def _vxlan_info(entry: VxlanLink, underlay: int, *, is_new: bool) -> bytes:
     return nested(_IFLA_LINKINFO, attribute(_IFLA_INFO_KIND, b"vxlan\0"), nested(_IFLA_INFO_DATA, *data))
 
 
-def _refuse_router_advertisements(name: str) -> None:
-    """``accept_ra`` = 0 as flannel sets it; a kernel without IPv6 has no such file (COMPAT §7.3)."""
+def refuse_router_advertisements(name: str) -> None:
+    """``accept_ra`` = 0 on a device of ours, as flannel sets it (COMPAT §7.3).
+
+    A kernel without IPv6 has no such file.
+    """
     try:
         Path(f"/proc/sys/net/ipv6/conf/{name}/accept_ra").write_text("0", encoding="ascii")
     except OSError:

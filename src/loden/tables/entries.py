@@ -7,6 +7,7 @@ in place. ``str(entry)`` is how ``ip`` and ``bridge`` print the same thing.
 """
 
 from collections.abc import Hashable
+from typing import ClassVar
 
 import msgspec
 
@@ -20,6 +21,9 @@ def format_mac(mac: bytes) -> str:
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
     """One wanted fact; see the subclasses."""
+
+    #: Whether entries of other types stand on this one, and go with it when it has to be made anew.
+    carries_others: ClassVar[bool] = False
 
     @property
     def slot(self) -> Hashable:
@@ -52,6 +56,8 @@ class VxlanLink(Entry, frozen=True, gc=False):
     gbp: bool = False
     learning: bool = False
 
+    carries_others: ClassVar[bool] = True
+
     @property
     def slot(self) -> Hashable:
         return self.name
@@ -59,6 +65,92 @@ class VxlanLink(Entry, frozen=True, gc=False):
     def __str__(self) -> str:
         local = format_address(self.local)
         return f"link {self.name} type vxlan id {self.vni} local {local} dev {self.underlay}"
+
+
+class TunLink(Entry, frozen=True, gc=False):
+    """A TUN device that outlives whoever made it, administratively up (COMPAT §7.5).
+
+    Args:
+        name: such as ``flannel0``.
+        mtu: bytes.
+    """
+
+    name: str
+    mtu: int
+
+    carries_others: ClassVar[bool] = True
+
+    @property
+    def slot(self) -> Hashable:
+        return self.name
+
+    def __str__(self) -> str:
+        return f"link {self.name} type tun mtu {self.mtu}"
+
+
+class UdpTunnel(Entry, frozen=True, gc=False):
+    """What goes into a TUN device comes out of a UDP port, and the other way round.
+
+    Args:
+        device: the TUN device's name.
+        underlay: the interface that datagrams come in on.
+        local: this host's outer address, packed; its family is the underlay's and the packets'.
+        source: this host's address in the container network, packed: who sends ICMP errors.
+        port: the UDP port.
+        acceleration: ``ebpf`` or ``engine``; ``auto`` is ebpf as far as that can be.
+        allow_unknown: take in datagrams of whoever sends them.
+        reason: why it is the engine, for people.
+    """
+
+    device: str
+    underlay: str
+    local: bytes
+    source: bytes
+    port: int
+    acceleration: str = "auto"
+    allow_unknown: bool = False
+    reason: str = ""
+
+    carries_others: ClassVar[bool] = True
+
+    @property
+    def slot(self) -> Hashable:
+        return self.device
+
+    def __str__(self) -> str:
+        local = format_address(self.local)
+        return f"tunnel {self.device} over UDP port {self.port} of {local} dev {self.underlay}"
+
+
+class UdpPeer(Entry, frozen=True, gc=False):
+    """Where the packets for a subnet go, and from where packets of that subnet may come.
+
+    Args:
+        tunnel: the TUN device's name.
+        subnet: the peer's.
+        remote: its outer address, packed.
+        port: its UDP port.
+        device: the interface that leads there.
+        mtu: the most bytes of a packet for it, where that is less than the TUN device carries; else 0.
+        is_fast: whether the peer says that it takes packets in as the kernel hands them on.
+    """
+
+    tunnel: str
+    subnet: Prefix
+    remote: bytes
+    port: int
+    device: str
+    mtu: int = 0
+    is_fast: bool = False
+
+    @property
+    def slot(self) -> Hashable:
+        return self.subnet
+
+    def __str__(self) -> str:
+        mtu = f" mtu {self.mtu}" if self.mtu else ""
+        remote = format_address(self.remote)
+        return f"udp peer {self.subnet} at {remote} port {self.port} dev {self.device}{mtu}"
 
 
 class LinkAddress(Entry, frozen=True, gc=False):
@@ -132,12 +224,14 @@ class Route(Entry, frozen=True, gc=False):
         device: the outgoing device's name.
         via: the next router, packed, of the destination's family; None for an on-link destination.
         onlink: take the router as reachable on the device, whatever the device's own addresses say.
+        mtu: the most that fits through it, bytes, where that is less than the device carries; else 0.
     """
 
     dst: Prefix
     device: str
     via: bytes | None = None
     onlink: bool = False
+    mtu: int = 0
 
     @property
     def slot(self) -> Hashable:
@@ -145,7 +239,8 @@ class Route(Entry, frozen=True, gc=False):
 
     def __str__(self) -> str:
         via = f" via {format_address(self.via)}" if self.via else ""
-        return f"route {self.dst}{via} dev {self.device}{' onlink' if self.onlink else ''}"
+        mtu = f" mtu {self.mtu}" if self.mtu else ""
+        return f"route {self.dst}{via} dev {self.device}{' onlink' if self.onlink else ''}{mtu}"
 
 
 class Blackhole(Entry, frozen=True, gc=False):

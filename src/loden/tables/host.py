@@ -10,6 +10,7 @@ from loden.tables import netlink
 from loden.tables.addresses import read_addresses
 from loden.tables.devices import parse_link
 from loden.tables.netlink import Message, Netlink, attribute, number_in, parse_attributes
+from loden.tables.routes import mtu_in
 
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_MULTIPATH = 1, 4, 5, 6, 7, 9
 _RTA_TABLE, _RTA_VIA = 15, 18
@@ -72,7 +73,13 @@ def _parse_hop(requests: Netlink, answer: Message, names: dict[int, str]) -> Hop
         via = attributes[_RTA_VIA][2:]
     if index not in names:
         names[index] = _device_name(requests, index)
-    return Hop(index=index, source=attributes.get(_RTA_PREFSRC), via=via, device=names[index])
+    return Hop(
+        index=index,
+        source=attributes.get(_RTA_PREFSRC),
+        via=via,
+        device=names[index],
+        mtu=mtu_in(attributes),
+    )
 
 
 def _device_name(requests: Netlink, index: int) -> str:

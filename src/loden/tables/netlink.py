@@ -43,6 +43,8 @@ RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
+RTM_NEWQDISC, RTM_DELQDISC, RTM_GETQDISC = 36, 37, 38
+RTM_NEWTFILTER, RTM_DELTFILTER, RTM_GETTFILTER = 44, 45, 46
 RTM_NEWNETCONF = 80
 RTM_NEWNEXTHOP, RTM_DELNEXTHOP, RTM_GETNEXTHOP = 104, 105, 106
 
@@ -74,8 +76,8 @@ _DUMP_TRIES = 5
 
 
 #: The fixed part of a message's body, bytes, by its type without the lowest two bits, which tell new, delete
-#: and get apart: ifinfomsg, ifaddrmsg, rtmsg, ndmsg, nhmsg.
-_FIXED_BYTES = {16: 16, 20: 8, 24: 12, 28: 12, 104: 8}
+#: and get apart: ifinfomsg, ifaddrmsg, rtmsg, ndmsg, tcmsg twice, nhmsg.
+_FIXED_BYTES = {16: 16, 20: 8, 24: 12, 28: 12, 36: 20, 44: 20, 104: 8}
 
 
 class Refusal(msgspec.Struct, frozen=True):

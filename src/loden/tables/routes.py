@@ -28,12 +28,15 @@ from loden.tables.netlink import (
     Refusal,
     attribute,
     attribute_u32,
+    nested,
     number_in,
     parse_attributes,
 )
 from loden.tables.nexthops import FIRST, RTNH_F_ONLINK, Nexthops, encode_nexthop, parse_nexthop
 
-_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_TABLE, _RTA_NH_ID = 1, 4, 5, 6, 15, 30
+_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_METRICS = 1, 4, 5, 6, 8
+_RTA_TABLE, _RTA_NH_ID = 15, 30
+_RTAX_MTU = 2
 _RT_TABLE_MAIN, _RTN_UNICAST = 254, 1
 _RT_SCOPE_UNIVERSE, _RT_SCOPE_LINK, _RT_SCOPE_NOWHERE = 0, 253, 255
 _RTM_F_CLONED, _RTM_F_FIB_MATCH = 0x200, 0x2000
@@ -199,7 +202,7 @@ class RouteTable:
         else:
             index, via = number_in(attributes, _RTA_OIF), attributes.get(_RTA_GATEWAY)
             onlink = bool(flags & RTNH_F_ONLINK)
-        entry = Route(Prefix(base, length), self._devices.name(index) or "", via, onlink)
+        entry = Route(Prefix(base, length), self._devices.name(index) or "", via, onlink, mtu_in(attributes))
         return Standing(entry, by, number)
 
     async def _put(self, sound: Sequence[tuple[int, Route]]) -> Failures:
@@ -324,19 +327,19 @@ class RouteTable:
 
 
 def encode_route_to_nexthop(flags: int, number: int, entry: Route) -> bytes:
-    """``ip route add|replace DST nhid NUMBER protocol 76`` as a message."""
+    """``ip route add|replace DST nhid NUMBER [mtu MTU] protocol 76`` as a message."""
     family = entry.dst.family
-    layout = _ROUTE_TO_NEXTHOP[family]
+    layout, metrics = _ROUTE_TO_NEXTHOP[family], _metrics(entry)
     return layout.pack(
-        layout.size, netlink.RTM_NEWROUTE, flags | netlink.NLM_F_REQUEST, 0, 0,
+        layout.size + len(metrics), netlink.RTM_NEWROUTE, flags | netlink.NLM_F_REQUEST, 0, 0,
         family, entry.dst.length, 0, 0, _RT_TABLE_MAIN, netlink.PROTOCOL, _RT_SCOPE_UNIVERSE, _RTN_UNICAST, 0,
         4 + family.size, _RTA_DST, entry.dst.address,
         8, _RTA_NH_ID, number,
-    )  # fmt: skip
+    ) + metrics  # fmt: skip
 
 
 def encode_plain_route(flags: int, index: int, entry: Route) -> bytes:
-    """``ip route add|replace DST [via VIA] dev INDEX [onlink] protocol 76`` as a message."""
+    """``ip route add|replace DST [via VIA] dev INDEX [onlink] [mtu MTU] protocol 76`` as a message."""
     family = entry.dst.family
     is_link = entry.via is None and family is Family.IPV4  # IPv6 knows no scopes of routes
     body = _RTMSG.pack(
@@ -346,7 +349,17 @@ def encode_plain_route(flags: int, index: int, entry: Route) -> bytes:
     body += attribute(_RTA_DST, entry.dst.address) + attribute_u32(_RTA_OIF, index)
     if entry.via is not None:
         body += attribute(_RTA_GATEWAY, entry.via)
-    return netlink.message(netlink.RTM_NEWROUTE, flags, body)
+    return netlink.message(netlink.RTM_NEWROUTE, flags, body + _metrics(entry))
+
+
+def _metrics(entry: Route) -> bytes:
+    return nested(_RTA_METRICS, attribute_u32(_RTAX_MTU, entry.mtu)) if entry.mtu else b""
+
+
+def mtu_in(attributes: Mapping[int, bytes]) -> int:
+    """The MTU among a route's metrics (``RTA_METRICS``), bytes; 0 where it has none of its own."""
+    metrics = attributes.get(_RTA_METRICS, b"")
+    return number_in(parse_attributes(metrics, 0, len(metrics)), _RTAX_MTU)
 
 
 def _hint(entry: Route, refused: Refusal) -> str:
