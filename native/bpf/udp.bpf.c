@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * The fast path of the udp backend (docs/backends/udp.md): two programs for tc, one object, because they share maps.
+ *
+ *	container --> TUN egress: loden_encap --> underlay's interface ~~~~> ingress: loden_decap --> TUN --> container
+ */
+#include <stdbool.h>
+#include <stddef.h>
+
+#include "maps.h"
+#include "encapsulate.h"
+#include "decapsulate.h"
+
+/* None of the helpers that the programs call asks for the GPL. */
+char LICENSE[] SEC("license") = "Apache-2.0";
