@@ -17,8 +17,11 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, aclosing
+from typing import Any
 
 from loden.address import Prefix
+from loden.backends import open_tables
+from loden.backends.base import Kernel
 from loden.errors import LodenError, StoreError
 from loden.firewall.keeper import Firewall
 from loden.firewall.rules import make_rules
@@ -38,9 +41,10 @@ from loden.stores.base import Changes, Record, Snapshot, Store
 from loden.subnet_file import read_previous, render, write_atomic
 from loden.tables import netlink
 from loden.tables.addresses import AddressTable
+from loden.tables.base import Table
 from loden.tables.blackholes import BlackholeTable
 from loden.tables.devices import Devices
-from loden.tables.entries import Blackhole, Entry, VxlanLink
+from loden.tables.entries import Blackhole, Entry, TunLink, VxlanLink
 from loden.tables.neighbours import FdbTable, NeighbourTable
 from loden.tables.netlink import Monitor, Netlink
 from loden.tables.routes import RouteTable
@@ -48,9 +52,9 @@ from loden.tables.sysctls import SysctlTable, forwarding, report_unset
 
 log = logging.getLogger(__name__)
 
-# RTNLGRP_LINK, _NEIGH, _IPV4_IFADDR, _IPV4_ROUTE, _IPV6_IFADDR, _IPV6_ROUTE, _IPV4_NETCONF, _IPV6_NETCONF,
-# _NEXTHOP
-_GROUPS = (1, 3, 5, 7, 9, 11, 24, 25, 32)
+# RTNLGRP_LINK, _NEIGH, _TC, _IPV4_IFADDR, _IPV4_ROUTE, _IPV6_IFADDR, _IPV6_ROUTE, _IPV4_NETCONF,
+# _IPV6_NETCONF, _NEXTHOP
+_GROUPS = (1, 3, 4, 5, 7, 9, 11, 24, 25, 32)
 _HOST_KINDS = frozenset(
     (
         *(netlink.RTM_NEWLINK, netlink.RTM_DELLINK),
@@ -175,12 +179,13 @@ class Agent:
         for opened in (lookups, requests, self._questions, self._monitor, self._firewall):
             stack.callback(opened.close)
         self._devices = Devices(requests)
-        self._reconciler = _reconciler(plan.host.network, requests, self._devices)
+        self._host_changed = asyncio.Event()
+        kernel = Kernel(requests, self._devices, self._look_soon, self._host_changed.set, closing=stack)
+        self._reconciler = Reconciler(kernel_tables(plan.host.network, kernel))
         self._peers = Peers(plan, self._reconciler, lookups)
         self._own_changed = asyncio.Event()
         self._is_published = False
         self._knows_leases = asyncio.Event()
-        self._host_changed = asyncio.Event()
         self._troubles = {
             family: Trouble(log, f"following the host for {family}") for family in plan.backends
         }
@@ -201,6 +206,9 @@ class Agent:
             group.create_task(self._follow_kernel(), name="kernel")
             group.create_task(self._reconcile(), name="reconcile")
             group.create_task(self._follow_host(), name="host")
+
+    def _look_soon(self) -> None:
+        self._reconciler.look_soon()
 
     def _claim(self, subnets: Sequence[Prefix]) -> Claim:
         return self._plan.claim(subnets)
@@ -228,7 +236,7 @@ class Agent:
         entries: list[Entry] = []
         if self._options.blackhole_route:
             entries += [Blackhole(subnet) for subnet in subnets]
-        tunnels = [entry.name for entry in own if isinstance(entry, VxlanLink)]
+        tunnels = [entry.name for entry in own if isinstance(entry, VxlanLink | TunLink)]
         host = self._plan.host
         settings = forwarding(host.network.families, underlay=host.underlay.name, tunnels=tunnels)
         if self._options.manage_sysctls:
@@ -364,17 +372,16 @@ class Agent:
         return f"{self._keeper.record.lease}, {self._peers}, {failing} failing"
 
 
-def _reconciler(network: Network, requests: Netlink, devices: Devices) -> Reconciler:
-    """The kernel's tables, in the order in which entries depend on each other."""
-    networks = [part.network for part in network.ranges]
-    return Reconciler(
-        [
-            devices,
-            SysctlTable(),
-            AddressTable(requests, devices, networks),
-            NeighbourTable(requests, devices),
-            FdbTable(requests, devices),
-            RouteTable(requests, devices),
-            BlackholeTable(requests),
-        ]
-    )
+def kernel_tables(network: Network, kernel: Kernel) -> list[Table[Any]]:
+    """The host's tables, in the order in which entries depend on each other."""
+    requests, devices = kernel.requests, kernel.devices
+    return [
+        devices,
+        *open_tables(network.backend_type, kernel),
+        SysctlTable(),
+        AddressTable(requests, devices, [part.network for part in network.ranges]),
+        NeighbourTable(requests, devices),
+        FdbTable(requests, devices),
+        RouteTable(requests, devices),
+        BlackholeTable(requests),
+    ]

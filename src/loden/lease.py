@@ -29,6 +29,24 @@ class Leg(msgspec.Struct, frozen=True, gc=False):
     data: bytes | None = None
 
 
+class _Port(msgspec.Struct, frozen=True):
+    """What several backends' data have in common (COMPAT §2.3)."""
+
+    Port: int = 0
+
+
+_port_decoder = msgspec.json.Decoder(_Port)
+
+
+def public_port(leg: Leg) -> int:
+    """The UDP port that a lease announces for one family; 0 where it says nothing of one that could be."""
+    try:
+        port = _port_decoder.decode(leg.data or b"{}").Port
+    except msgspec.DecodeError:
+        return 0
+    return port if 0 < port < 1 << 16 else 0
+
+
 class Lease(msgspec.Struct, frozen=True, gc=False):
     """One host's claim: a leg for each address family, at least one.
 

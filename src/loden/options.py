@@ -110,6 +110,14 @@ FLAGS = (
     Flag("public-ip", "The IPv4 address that other hosts use; else the interface's own.", metavar="IP"),
     Flag("public-ipv6", "The IPv6 address that other hosts use; else the interface's own.", metavar="IP"),
     Flag(
+        "public-port",
+        "The UDP port that other hosts use, where it is not the one in the network configuration (udp).",
+        default="0",
+        metavar="PORT",
+        least=0,
+        most=65535,
+    ),
+    Flag(
         "subnet-file",
         "Where the host's subnet is written for container runtimes.",
         default="/run/flannel/subnet.env",
@@ -250,6 +258,7 @@ def build(*sources: Mapping[str, Sequence[str]]) -> AgentOptions:
             can_reach=value("iface-can-reach"),
             public_ip=value("public-ip"),
             public_ipv6=value("public-ipv6"),
+            public_port=int(value("public-port")),
         ),
         subnet_file=value("subnet-file"),
         renew_margin_s=60.0 * int(value("subnet-lease-renew-margin")),

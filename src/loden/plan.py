@@ -16,17 +16,14 @@ from loden.backend_options import decode_options
 from loden.backends import find
 from loden.backends.base import Backend, Host
 from loden.errors import ConfigError, InterfaceError, LodenError
-from loden.interface import Hop, HostFacts, Selection, Underlay, select, select_again
-from loden.lease import Lease, Leg
+from loden.interface import Hop, HostFacts, Selection, Underlay, leads_out, select, select_again
+from loden.lease import Lease, Leg, public_port
 from loden.network import Network, parse_network
 from loden.stores.acquire import Claim, this_host
 from loden.stores.base import Store
 from loden.tables import netlink
 from loden.tables.host import find_hops, read_host
 from loden.tables.netlink import Netlink
-
-#: Kinds of interface (``IFLA_INFO_KIND``) that lead out of the host; a network card has none.
-_REAL = frozenset(("", "bond", "team", "vlan"))
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -71,7 +68,16 @@ class Plan(msgspec.Struct, frozen=True):
             previous=tuple(previous),
             holder=this_host(),
             make=self._lease,
+            port=self._announced_port(),
         )
+
+    def _announced_port(self) -> int:
+        """The same for all families: hosts behind one address differ in it."""
+        legs = (
+            Leg(part.network, data=self.backends[part.family].data(part.family))
+            for part in self.host.network.ranges
+        )
+        return next(map(public_port, legs), 0)
 
     def _lease(self, subnets: dict[Family, Prefix]) -> Lease:
         legs = {
@@ -117,6 +123,9 @@ async def make_plan(
         KernelError: the host cannot be read.
     """
     facts = await read_host(requests)
+    kind = find(network.backend_type)
+    backend_options, notes = decode_options(network.backend, kind.Options)
+    lacks = await kind.lacks(backend_options, network.families)
 
     def lookup(address: bytes) -> Hop | None:
         return find_hops(requests, [address])[address]
@@ -128,9 +137,7 @@ async def make_plan(
         else:
             underlay = select_again(before, selection, part.families, facts, lookup)
         require_apart(part, underlay, facts)
-        host = Host(network=part, underlay=underlay, facts=facts)
-        kind = find(part.backend_type)
-        backend_options, notes = decode_options(part.backend, kind.Options)
+        host = Host(network=part, underlay=underlay, facts=facts, lacks=lacks)
         backend = kind(host, backend_options)
         return Plan(host, dict.fromkeys(part.families, backend), part.notes + notes)
 
@@ -204,7 +211,7 @@ def require_apart(network: Network, underlay: Underlay, facts: HostFacts) -> Non
     Raises:
         ConfigError: names both ranges. Routes to such subnets would cut the host off.
     """
-    names = {link.index: link.name for link in facts.links if link.kind in _REAL}
+    names = {link.index: link.name for link in facts.links if leads_out(link)}
     names[underlay.index] = underlay.name
     for own in facts.addresses:
         if own.index not in names:

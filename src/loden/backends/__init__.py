@@ -6,18 +6,23 @@ A backend is imported when it is chosen, and no other. Third parties register th
 """
 
 from importlib import import_module
+from typing import Any
 
 import msgspec
 
-from loden.backends.base import Backend
+from loden.backends.base import Backend, Kernel
 from loden.errors import ConfigError
+from loden.tables.base import Table
 
 _BUILT_IN = {
     "alloc": ("loden.backends.alloc", "Alloc"),
     "host-gw": ("loden.backends.host_gw", "HostGw"),
+    "udp": ("loden.backends.udp", "Udp"),
     "vxlan": ("loden.backends.vxlan", "Vxlan"),
 }
 _GROUP = "loden.backends"
+#: Backends that leave things in the kernel which only tables of their own find and remove.
+_LEAVING = ("udp",)
 
 
 def find(name: str) -> type[Backend]:
@@ -47,6 +52,16 @@ def find(name: str) -> type[Backend]:
     others = {entry_point.name for entry_point in entry_points(group=_GROUP)}
     known = ", ".join(sorted(_BUILT_IN.keys() | others))
     raise ConfigError("Backend.Type", f"unknown backend {name!r}", hint=f"one of: {known}")
+
+
+def open_tables(name: str, kernel: Kernel) -> list[Table[Any]]:
+    """The tables that a backend brings, and those that find what another one may have left on this host.
+
+    Args:
+        name: ``Backend.Type``, in lower case.
+        kernel: what they work with.
+    """
+    return [table for each in dict.fromkeys((name, *_LEAVING)) for table in find(each).tables(kernel)]
 
 
 def describe(name: str) -> type[msgspec.Struct]:

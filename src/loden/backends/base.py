@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a backend is: it turns leases into entries, and does nothing else."""
 
-from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from typing import Any, ClassVar, Protocol
 
 import msgspec
 
@@ -10,7 +11,10 @@ from loden.address import Family
 from loden.interface import Hop, HostFacts, Underlay
 from loden.lease import Leg
 from loden.network import Network
+from loden.tables.base import Table
+from loden.tables.devices import Devices
 from loden.tables.entries import Entry
+from loden.tables.netlink import Netlink
 
 
 class Host(msgspec.Struct, frozen=True):
@@ -20,11 +24,31 @@ class Host(msgspec.Struct, frozen=True):
         network: the cluster's configuration.
         underlay: the chosen interface and addresses.
         facts: what the host has, read once at the start.
+        lacks: what the backend has to do without, as :meth:`Backend.lacks` found out.
     """
 
     network: Network
     underlay: Underlay
     facts: HostFacts
+    lacks: Mapping[Family, str] = {}
+
+
+class Kernel(msgspec.Struct, frozen=True):
+    """What a backend's own tables have to work with.
+
+    Args:
+        requests: the socket that all kernel tables share.
+        devices: which devices there are.
+        look_soon: asks for everything to be read again. Does not block.
+        host_changed: asks for the host, and the way to each peer, to be looked at again. Does not block.
+        closing: closes at the agent's end what a table opens.
+    """
+
+    requests: Netlink
+    devices: Devices
+    look_soon: Callable[[], None]
+    host_changed: Callable[[], None]
+    closing: AsyncExitStack
 
 
 class Backend(Protocol):
@@ -44,6 +68,23 @@ class Backend(Protocol):
     lease_type: ClassVar[str]
 
     def __init__(self, host: Host, options: msgspec.Struct) -> None: ...
+
+    @classmethod
+    async def lacks(cls, options: msgspec.Struct, families: Sequence[Family]) -> Mapping[Family, str]:
+        """What this host has not got, of what the backend can do without: in words, by family.
+
+        Asked before the backend is made, and again with each plan. It may block the first time.
+        """
+        ...
+
+    @classmethod
+    def tables(cls, kernel: Kernel) -> Sequence[Table[Any]]:
+        """Tables for entries of the backend's own, in the order in which those depend on each other.
+
+        They come behind the table of VXLAN devices and before addresses, neighbours and routes, and outlive
+        the backend when the host is planned anew. Most backends need none.
+        """
+        ...
 
     @property
     def needs_hops(self) -> bool:

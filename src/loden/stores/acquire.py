@@ -21,7 +21,7 @@ import msgspec
 
 from loden.address import Family, Prefix, format_address
 from loden.errors import Conflict, DuplicateAddress, MalformedLease, StoreUnavailable
-from loden.lease import Lease, parse_key
+from loden.lease import Lease, parse_key, public_port
 from loden.network import Range
 from loden.stores.allocate import allocate, fits
 from loden.stores.base import Changes, Holder, Record, Snapshot, Store
@@ -45,6 +45,8 @@ class Claim(msgspec.Struct, frozen=True):
     Args:
         ranges: one for each enabled family.
         public: the host's own addresses, packed; what it is recognised by.
+        port: the UDP port that its lease announces besides, which tells hosts behind one address apart; else
+            0.
         previous: the subnets it had, from subnet.env; taken again where they are free and fit.
         holder: this host.
         make: the lease to write, from the subnets it is to have.
@@ -55,6 +57,7 @@ class Claim(msgspec.Struct, frozen=True):
     previous: tuple[Prefix, ...]
     holder: Holder
     make: Callable[[dict[Family, Prefix]], Lease]
+    port: int = 0
 
 
 class Create(msgspec.Struct, frozen=True):
@@ -134,7 +137,7 @@ def _is_held(record: Record, claim: Claim) -> bool:
 def _has_our_address(lease: Lease, claim: Claim) -> bool:
     """Whether any enabled family's address is ours; not IPv4's alone, which IPv6-only hosts share (W6)."""
     return any(
-        (leg := lease.leg(family)) is not None and leg.public == address
+        (leg := lease.leg(family)) is not None and leg.public == address and public_port(leg) == claim.port
         for family, address in claim.public.items()
     )
 

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fast path of ``udp``: the eBPF programs of ``native/bpf`` with their settings, maps and counters.
+
+::
+
+    struct settings { be32 own4; be32 own6[4]; be16 port; u8 allow_unknown; u8 pad; u32 tun; };
+    struct subnet4  { u32 length; u8 address[4]; };
+    struct peer4    { u8 remote[4]; be16 port; u16 mtu; u32 device; u8 pad[52]; u64 tx_packets, tx_bytes;
+                      u8 pad2[48]; u64 rx_packets, rx_bytes; };
+    struct subnet6  { u32 length; u8 address[16]; };
+    struct peer6    { u8 remote[16]; be16 port; u16 mtu; u32 device; u8 pad[40]; u64 tx_packets, tx_bytes;
+                      u8 pad2[48]; u64 rx_packets, rx_bytes; };
+    struct remote   { u8 address[16]; be16 port; u16 pad; };
+"""
+
+import struct
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from loden.address import Family, Prefix
+from loden.tables import tc
+from loden.tables.bpf import Map, Object, Program
+from loden.tables.entries import UdpPeer
+
+_IMAGE = Path(__file__).with_name("udp.bpf.o")
+
+ENCAPSULATE, DECAPSULATE = f"{tc.PREFIX}encap", f"{tc.PREFIX}decap"
+
+#: ``enum counter`` in native/bpf/maps.h, in its order.
+COUNTERS = (
+    *("tx_packets", "tx_bytes", "rx_packets", "rx_bytes", "to_engine", "from_engine", "drop_ttl"),
+    *("drop_unknown_peer", "drop_spoofed", "drop_truncated", "drop_version", "drop_length", "drop_checksum"),
+    "drop_failed",
+)
+
+_SETTINGS = struct.Struct("=4s16s2sBxI")
+_SUBNET = {Family.IPV4: struct.Struct("=I4s"), Family.IPV6: struct.Struct("=I16s")}
+_PEER = {Family.IPV4: struct.Struct("=4s2sHI52x2Q48x2Q"), Family.IPV6: struct.Struct("=16s2sHI40x2Q48x2Q")}
+_REMOTE = struct.Struct("=16s2s2x")
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """What the programs are told before they are loaded.
+
+    Args:
+        local: the outer address of this host, packed.
+        port: its UDP port.
+        tun: index of the TUN device.
+        allow_unknown: take in datagrams of whoever sends them.
+    """
+
+    local: bytes
+    port: int
+    tun: int
+    allow_unknown: bool = False
+
+    def pack(self) -> bytes:
+        is_ipv4 = Family.of(self.local) is Family.IPV4
+        return _SETTINGS.pack(
+            self.local if is_ipv4 else b"",
+            b"" if is_ipv4 else self.local,
+            self.port.to_bytes(2, "big"),
+            self.allow_unknown,
+            self.tun,
+        )
+
+
+class Traffic(msgspec.Struct, frozen=True):
+    """What went to a peer and came from it, counted in inner packets; of super-packets each is one."""
+
+    tx_packets: int
+    tx_bytes: int
+    rx_packets: int
+    rx_bytes: int
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """A peer as the map has it: *index* is of the outgoing interface."""
+
+    subnet: Prefix
+    remote: bytes
+    port: int
+    index: int
+    mtu: int
+    traffic: Traffic
+
+
+class FastPath:
+    """The programs, loaded and attached nowhere yet.
+
+    Args:
+        settings: of this host.
+
+    Raises:
+        NotSupported: there is no libbpf.
+        KernelError: the kernel refused the programs.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._object = Object(_IMAGE.read_bytes(), settings.pack())
+        self._remotes: Counter[bytes] = Counter()  # how many subnets are behind each
+        self._behind: dict[Prefix, bytes] = {}  # subnet → its key in the map of remotes
+
+    @property
+    def encapsulate(self) -> Program:
+        return self._object.programs[ENCAPSULATE]
+
+    @property
+    def decapsulate(self) -> Program:
+        return self._object.programs[DECAPSULATE]
+
+    def close(self) -> None:
+        """Let go; idempotent. What is attached stays."""
+        self._object.close()
+
+    def put(self, peer: UdpPeer, index: int) -> None:
+        """Write a peer, new or changed.
+
+        Args:
+            peer: it.
+            index: of the outgoing interface; 0 leaves it to the engine to find a way.
+
+        Raises:
+            KernelError: the map is full, or the kernel refused.
+        """
+        family = peer.subnet.family
+        remote = _REMOTE.pack(peer.remote, peer.port.to_bytes(2, "big"))
+        before = self._behind.get(peer.subnet)
+        key = _key(peer.subnet)
+        standing = self._peers(family).get(key) if before else None
+        counted = _PEER[family].unpack(standing)[4:] if standing else (0, 0, 0, 0)
+        value = _PEER[family].pack(peer.remote, peer.port.to_bytes(2, "big"), peer.mtu, index, *counted)
+        self._object.maps["remotes"].put(remote, struct.pack("=I", 1))
+        self._peers(family).put(key, value)
+        if before != remote:
+            self._behind[peer.subnet] = remote
+            self._remotes[remote] += 1
+            self._let_go(before)
+
+    def drop(self, subnet: Prefix) -> None:
+        """Remove a peer; one that is not there counts as removed.
+
+        Raises:
+            KernelError: the kernel refused.
+        """
+        self._peers(subnet.family).delete(_key(subnet))
+        self._let_go(self._behind.pop(subnet, None))
+
+    def peers(self) -> Iterable[Standing]:
+        """Every peer that the maps hold.
+
+        Raises:
+            KernelError: they cannot be read.
+        """
+        for family in Family:
+            for key, value in self._peers(family).items():
+                length, address = _SUBNET[family].unpack(key)
+                remote, port, mtu, index, *traffic = _PEER[family].unpack(value)
+                yield Standing(
+                    Prefix(address, length),
+                    remote,
+                    int.from_bytes(port, "big"),
+                    index,
+                    mtu,
+                    Traffic(*traffic),
+                )
+
+    def counters(self) -> dict[str, int]:
+        """What happened to packets since the programs were loaded, by name, of all CPUs.
+
+        Raises:
+            KernelError: they cannot be read.
+        """
+        found = {}
+        for place, name in enumerate(COUNTERS):
+            value = self._object.maps["counters"].get(struct.pack("=I", place)) or b""
+            found[name] = sum(number for (number,) in struct.iter_unpack("=Q", value))
+        return found
+
+    def _peers(self, family: Family) -> Map:
+        return self._object.maps["peers4" if family is Family.IPV4 else "peers6"]
+
+    def _let_go(self, remote: bytes | None) -> None:
+        if remote is None:
+            return
+        self._remotes[remote] -= 1
+        if not self._remotes[remote]:
+            del self._remotes[remote]
+            self._object.maps["remotes"].delete(remote)
+
+
+def _key(subnet: Prefix) -> bytes:
+    return _SUBNET[subnet.family].pack(subnet.length, subnet.address)

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What carries packets between a TUN device and a UDP port: eBPF programs, the engine, or both.
+
+The *fast path* is two eBPF programs (:mod:`loden.tables.udp_bpf`). They stay when the agent is gone, and so
+do packets in flight. The *engine* (:mod:`loden.tables.engine`) reads and writes the device and the sockets
+in threads of its own; it serves what the programs pass on, or everything where there are none. Both know the
+same peers.
+"""
+
+import errno as errnos
+import logging
+import os
+import socket
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from loden.address import Family, Prefix, format_address
+from loden.errors import KernelError, NotSupported
+from loden.interface import leads_out
+from loden.tables import tc
+from loden.tables.base import Failures
+from loden.tables.devices import Devices
+from loden.tables.entries import UdpPeer, UdpTunnel
+from loden.tables.tun import open_queue
+from loden.tables.udp_sockets import merge, open_bound
+
+if TYPE_CHECKING:
+    from loden.tables.bpf import Program
+    from loden.tables.engine import Engine, Peer
+    from loden.tables.udp_bpf import FastPath
+
+log = logging.getLogger(__name__)
+
+_ETHERNET_BYTES = 6
+
+#: A place for a program: the device's index, and where on it.
+Place = tuple[int, int]
+
+
+class Carrier:
+    """Everything that one tunnel needs while this process lives. Made by :func:`open_carrier`.
+
+    Args:
+        entry: the tunnel.
+        devices: which devices there are.
+        before: what serves the tunnel until now: its socket is shared where it is the same.
+
+    Raises:
+        KernelError: a device is missing or not to be had, or the port is taken.
+    """
+
+    def __init__(self, entry: UdpTunnel, devices: Devices, before: "Carrier | None") -> None:
+        self.entry = entry
+        self.tun_index = _require(devices, entry.device)
+        self.underlay_index = _require(devices, entry.underlay)
+        self._devices = devices
+        self._peers: dict[Prefix, UdpPeer] = {}
+        self.socket: socket.socket
+        is_same = before is not None and (before.entry.local, before.entry.port) == (entry.local, entry.port)
+        if before is not None and is_same:
+            self.socket = before.socket.dup()
+        else:
+            self.socket = open_bound(entry.local, entry.port)
+        try:
+            self.queue = open_queue(entry.device)
+        except BaseException:
+            self.socket.close()
+            raise
+        self.engine: Engine | None = None
+        self.fast: FastPath | None = None
+        self.reason = ""  # why there is no fast path; empty where there is one
+
+    def close(self) -> None:
+        """Let go; programs that are attached stay."""
+        if self.engine is not None:
+            self.engine.stop()
+        if self.fast is not None:
+            self.fast.close()
+        os.close(self.queue)
+        self.socket.close()
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the devices are those that it was made for, and the engine has not stopped by itself."""
+        indexes = (self._devices.index(self.entry.device), self._devices.index(self.entry.underlay))
+        is_running = self.engine is None or self.engine.failure() is None
+        return is_running and indexes == (self.tun_index, self.underlay_index)
+
+    @property
+    def programs(self) -> "Mapping[Place, tuple[str, Program]]":
+        """Which programs belong where, by name."""
+        if self.fast is None:
+            return {}
+        from loden.tables.udp_bpf import DECAPSULATE, ENCAPSULATE  # noqa: PLC0415
+
+        return {
+            (self.tun_index, tc.Hook.EGRESS): (self._name(ENCAPSULATE), self.fast.encapsulate),
+            (self.underlay_index, tc.Hook.INGRESS): (self._name(DECAPSULATE), self.fast.decapsulate),
+        }
+
+    @property
+    def peers(self) -> Mapping[Prefix, UdpPeer]:
+        """What was put in and not dropped."""
+        return self._peers
+
+    def put(self, peers: Iterable[UdpPeer]) -> Failures:
+        """Know these peers, new or changed."""
+        failures: Failures = {}
+        sound: list[UdpPeer] = []
+        for peer in peers:
+            try:
+                if self.fast is not None:
+                    self.fast.put(peer, self._index(peer))
+                sound.append(peer)
+            except KernelError as error:
+                failures[peer.slot] = error
+        if self.engine is not None:
+            self.engine.change([_for_engine(peer) for peer in sound], [])
+        self._peers.update((peer.subnet, peer) for peer in sound)
+        return failures
+
+    def drop(self, peers: Iterable[UdpPeer]) -> Failures:
+        """Know these peers no more."""
+        failures: Failures = {}
+        gone: list[Prefix] = []
+        for peer in peers:
+            try:
+                if self.fast is not None:
+                    self.fast.drop(peer.subnet)
+                gone.append(peer.subnet)
+            except KernelError as error:
+                failures[peer.slot] = error
+        if self.engine is not None:
+            self.engine.change([], [(subnet.address, subnet.length) for subnet in gone])
+        for subnet in gone:
+            self._peers.pop(subnet, None)
+        return failures
+
+    def standing(self) -> dict[Prefix, UdpPeer]:
+        """The peers as they are; of the fast path what the kernel's maps say, whatever was put there.
+
+        Raises:
+            KernelError: they cannot be read.
+        """
+        if self.fast is None:
+            return dict(self._peers)
+        found: dict[Prefix, UdpPeer] = {}
+        for one in self.fast.peers():
+            known = self._peers.get(one.subnet)
+            is_known = known is not None and (known.remote, known.port, known.mtu, self._index(known)) == (
+                one.remote, one.port, one.mtu, one.index,
+            )  # fmt: skip
+            if known is not None and is_known:
+                found[one.subnet] = known
+            else:
+                device = self._devices.name(one.index) or ""
+                found[one.subnet] = UdpPeer(
+                    self.entry.device, one.subnet, one.remote, one.port, device, one.mtu
+                )
+        return found
+
+    def report(self) -> dict[str, Any]:
+        """What a status page shows."""
+        return {
+            "acceleration": "engine" if self.fast is None else "ebpf",
+            "reason": self.reason,
+            "ebpf": {} if self.fast is None else self.fast.counters(),
+            "engine": {} if self.engine is None else self.engine.counters(),
+            "peers": self._traffic(),
+        }
+
+    def _traffic(self) -> dict[str, dict[str, int]]:
+        """What went to each peer and came from it, both ways of carrying together."""
+        found: dict[str, dict[str, int]] = {}
+        names = ("tx_packets", "tx_bytes", "rx_packets", "rx_bytes")
+        if self.engine is not None:
+            for address, length, *counted in self.engine.peer_counters():
+                found[str(Prefix(address, length))] = dict(zip(names, counted, strict=True))
+        for one in self.fast.peers() if self.fast is not None else ():
+            traffic = found.setdefault(str(one.subnet), dict.fromkeys(names, 0))
+            for name in names:
+                traffic[name] += getattr(one.traffic, name)
+        return found
+
+    def _name(self, program: str) -> str:
+        """What the kernel calls a program where it is attached: two tunnels may share an interface."""
+        return f"{program}/{self.entry.device}"
+
+    def _index(self, peer: UdpPeer) -> int:
+        """Of the interface that the programs send a peer's packets out of; 0 leaves them to the engine.
+
+        The programs leave it to the network card to fill in checksums and to cut super-packets. A peer at the
+        other end of a virtual wire gets them as they are, which only programs of the same kind can take.
+        """
+        link = self._devices.link(peer.device)
+        if link is None or len(link.mac) != _ETHERNET_BYTES:
+            return 0
+        return link.index if leads_out(link) or peer.is_fast or self.engine is None else 0
+
+
+def open_carrier(entry: UdpTunnel, devices: Devices, before: Carrier | None) -> Carrier:
+    """A carrier that is attached nowhere yet.
+
+    Args:
+        entry: the tunnel.
+        devices: which devices there are.
+        before: what serves the tunnel until now, and whose peers the new one knows from the start.
+
+    Raises:
+        NotSupported: there is no way to carry packets on this host.
+        KernelError: the device cannot be used, or the one way that the entry asks for.
+    """
+    carrier = Carrier(entry, devices, before)
+    try:
+        _load_programs(carrier, devices)
+        _start_engine(carrier)
+        failures = carrier.put(before.peers.values()) if before is not None else {}
+        if failures:
+            raise next(iter(failures.values()))
+    except BaseException:
+        carrier.close()
+        raise
+    used, why = "ebpf", ""
+    if carrier.fast is None:
+        used, why = "engine", f" because={carrier.reason!r}"
+    local = format_address(entry.local)
+    log.info("udp acceleration=%s device=%s local=%s port=%d%s", used, entry.device, local, entry.port, why)
+    return carrier
+
+
+def _load_programs(carrier: Carrier, devices: Devices) -> None:
+    """The programs, or why they cannot be used.
+
+    Raises:
+        KernelError: they cannot, and the entry says they must.
+    """
+    entry = carrier.entry
+    if entry.acceleration == "engine":
+        carrier.reason = entry.reason
+        return
+    from loden.tables.udp_bpf import FastPath, Settings  # noqa: PLC0415  # and with it ctypes
+
+    try:
+        underlay = devices.link(entry.underlay)
+        if underlay is None or len(underlay.mac) != _ETHERNET_BYTES:
+            raise NotSupported(
+                "attach",
+                f"eBPF programs to {entry.underlay}",
+                errnos.EOPNOTSUPP,
+                detail="the interface has no Ethernet addresses",
+            )
+        settings = Settings(entry.local, entry.port, carrier.tun_index, entry.allow_unknown)
+        carrier.fast = FastPath(settings)
+    except KernelError as error:
+        if entry.acceleration == "ebpf":
+            raise
+        carrier.reason = str(error)
+
+
+def _start_engine(carrier: Carrier) -> None:
+    """The engine, where there is one.
+
+    Raises:
+        NotSupported: there is none, and no programs do without it.
+    """
+    from loden.tables import engine  # noqa: PLC0415  # a C extension that only udp needs
+
+    entry = carrier.entry
+    lack = engine.is_available()
+    if lack:
+        if carrier.fast is None:
+            detail = f"no eBPF: {carrier.reason}; no engine: {lack}"
+            raise NotSupported("carry", str(entry), errnos.ENOSYS, detail=detail)
+        log.warning(
+            "udp has no engine: %s; unroutable packets get no answer, fragments are not put together", lack
+        )
+        return
+    is_ipv4 = Family.of(entry.source) is Family.IPV4
+    carrier.engine = engine.Engine(
+        [carrier.queue],
+        [carrier.socket.fileno()],
+        source4=entry.source if is_ipv4 else b"",
+        source6=b"" if is_ipv4 else entry.source,
+        allow_unknown=entry.allow_unknown,
+    )
+    carrier.engine.start()
+    # The programs take one datagram at a time: what is merged before they see it goes the long way.
+    merge(carrier.socket, is_on=carrier.fast is None)
+
+
+def _require(devices: Devices, name: str) -> int:
+    index = devices.index(name)
+    if index is None:
+        raise KernelError("use", f"device {name}", errnos.ENODEV)
+    return index
+
+
+def _for_engine(peer: UdpPeer) -> "Peer":
+    from loden.tables.engine import Peer  # noqa: PLC0415
+
+    return Peer(peer.subnet.address, peer.subnet.length, peer.remote, peer.port, peer.mtu)
