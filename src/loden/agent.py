@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
+import msgspec
+
 from loden.address import Prefix
 from loden.backends import open_tables
 from loden.backends.base import Kernel
@@ -27,7 +29,6 @@ from loden.firewall.keeper import Firewall
 from loden.firewall.rules import make_rules
 from loden.keeper import Keeper
 from loden.lock import one_agent
-from loden.network import Network
 from loden.options import AgentOptions
 from loden.peers import Peers
 from loden.plan import Plan, make_plan, read_network, require_rights
@@ -121,9 +122,7 @@ async def _work(options: AgentOptions) -> None:
         agent: Agent | None = None
         if options.healthz_port:
             await stack.enter_async_context(
-                serve_health(
-                    options.healthz_ip, options.healthz_port, lambda: agent is not None and agent.is_ready
-                )
+                serve_health(options.healthz_ip, options.healthz_port, lambda: agent)
             )
         requests = Netlink()
         stack.callback(requests.close)
@@ -181,7 +180,8 @@ class Agent:
         self._devices = Devices(requests)
         self._host_changed = asyncio.Event()
         kernel = Kernel(requests, self._devices, self._look_soon, self._host_changed.set, closing=stack)
-        self._reconciler = Reconciler(kernel_tables(plan.host.network, kernel))
+        networks = [part.network for part in plan.host.network.ranges]
+        self._reconciler = Reconciler(kernel_tables(plan.host.network.backend_type, networks, kernel))
         self._peers = Peers(plan, self._reconciler, lookups)
         self._own_changed = asyncio.Event()
         self._is_published = False
@@ -194,6 +194,21 @@ class Agent:
     def is_ready(self) -> bool:
         """Whether the lease is ours, stands here and in subnet.env, and the firewall's rules stand."""
         return self._is_published and self._keeper.is_held and self._firewall.statistics.is_standing
+
+    def report(self) -> bytes:
+        """What the agent has to say of itself, as a JSON object."""
+        return msgspec.json.encode(
+            {
+                "lease": str(self._keeper.record.lease),
+                "is_ready": self.is_ready,
+                "is_lease_held": self._keeper.is_held,
+                "peers": str(self._peers),
+                "entries": self._reconciler.statistics,
+                "failing": self._reconciler.problems,
+                "firewall": self._firewall.statistics,
+                "tables": self._reconciler.reports(),
+            }
+        )
 
     async def run(self) -> None:
         """Make the lease stand, reach the peers, and keep everything as it should be, for ever."""
@@ -372,14 +387,20 @@ class Agent:
         return f"{self._keeper.record.lease}, {self._peers}, {failing} failing"
 
 
-def kernel_tables(network: Network, kernel: Kernel) -> list[Table[Any]]:
-    """The host's tables, in the order in which entries depend on each other."""
+def kernel_tables(backend_type: str, networks: Sequence[Prefix], kernel: Kernel) -> list[Table[Any]]:
+    """The host's tables, in the order in which entries depend on each other.
+
+    Args:
+        backend_type: whose own tables are among them.
+        networks: addresses in these, on devices of ours, are the fabric's.
+        kernel: what the tables work with.
+    """
     requests, devices = kernel.requests, kernel.devices
     return [
         devices,
-        *open_tables(network.backend_type, kernel),
+        *open_tables(backend_type, kernel),
         SysctlTable(),
-        AddressTable(requests, devices, [part.network for part in network.ranges]),
+        AddressTable(requests, devices, networks),
         NeighbourTable(requests, devices),
         FdbTable(requests, devices),
         RouteTable(requests, devices),

@@ -24,7 +24,7 @@ import msgspec
 
 from loden.errors import KernelError, LodenError
 from loden.retry import Backoff, Trouble
-from loden.tables.base import LOOK, Failures, Table
+from loden.tables.base import LOOK, Failures, Reporting, Table
 from loden.tables.entries import Entry
 from loden.tables.netlink import Message
 
@@ -145,6 +145,19 @@ class Reconciler:
     def problems(self) -> Mapping[str, str]:
         """Entries that cannot be put or dropped now, as text, each with the reason."""
         return {str(retry.entry): str(retry.error) for retry in self._retries.values()}
+
+    def reports(self) -> dict[str, Any]:
+        """What tables have to say of themselves besides, by the type of their entries."""
+        found: dict[str, Any] = {}
+        for table in self._tables:
+            if isinstance(table, Reporting):
+                try:
+                    report = table.report()
+                except KernelError as error:
+                    report = {"error": str(error)}
+                if report:
+                    found[table.entry_type.__name__] = report
+        return found
 
     def want(self, owner: Hashable, entries: Iterable[Entry]) -> None:
         """Make these the owner's entries, in place of what it wanted before; none lets go of all.

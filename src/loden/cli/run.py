@@ -57,7 +57,7 @@ def read_given(flags: Sequence[Flag], given: Mapping[str, Sequence[str]]) -> dic
     return found
 
 
-def _run(**given: tuple[str, ...]) -> int:
+def _run(*, cleanup: bool, **given: tuple[str, ...]) -> int:
     environment, ignored = read_environment(os.environ)
     options = build(read_given(FLAGS, given), environment)
     logging.basicConfig(
@@ -67,6 +67,11 @@ def _run(**given: tuple[str, ...]) -> int:
     for sentence in ignored:
         _log.warning("%s", sentence)
 
+    if cleanup:
+        from loden.cleanup import clean_up
+
+        clean_up()
+        return 0
     require_sound(options.selection)
 
     from loden.agent import run
@@ -81,6 +86,11 @@ command = GoFlags(
     "Each flag can also be set by the environment: LODEN_IFACE, or flannel's FLANNELD_IFACE, for --iface.",
     params=[
         *(make_option(flag) for flag in FLAGS),
+        click.Option(
+            ["--cleanup"],
+            is_flag=True,
+            help="Remove what agents left in this host's kernel and firewall, and exit. The lease stays.",
+        ),
         click.Option(
             ["--version"],
             is_flag=True,

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers to health checks over HTTP (COMPAT §10).
+"""Answers to health checks over HTTP (COMPAT §10), and what the agent has to say of itself as JSON.
 
-A hundred lines instead of a web framework: two fixed pages, one request a connection. Nothing that a
-client sends or fails to send costs more than one small buffer for a few seconds.
+A hundred lines instead of a web framework: three pages, one request a connection. Nothing that a client
+sends or fails to send costs more than one small buffer for a few seconds.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Protocol
 
 from loden.address import parse_address
 from loden.errors import ConfigError, LodenError
@@ -19,14 +20,30 @@ PATIENCE_S = 5.0
 _REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 503: "Service Unavailable"}
 
 
+class Subject(Protocol):
+    """Whose health it is. Neither may block."""
+
+    @property
+    def is_ready(self) -> bool:
+        """What ``/readyz`` answers."""
+        ...
+
+    def report(self) -> bytes:
+        """What ``/status`` answers: a JSON object."""
+        ...
+
+
 @asynccontextmanager
-async def serve_health(ip: str, port: int, is_ready: Callable[[], bool]) -> AsyncIterator[tuple[str, int]]:
-    """Answer ``/healthz`` and ``/readyz`` while the context lasts; yields address and port as bound.
+async def serve_health(
+    ip: str, port: int, subject: Callable[[], Subject | None]
+) -> AsyncIterator[tuple[str, int]]:
+    """Answer ``/healthz``, ``/readyz`` and ``/status`` while the context lasts; yields the bound address and
+    port.
 
     Args:
         ip: the address to listen on, as text.
         port: 0 lets the kernel choose.
-        is_ready: asked at each ``/readyz``; must not block.
+        subject: whose health it is, asked at each request; None while it is not there yet.
 
     Raises:
         ConfigError: *ip* is no address.
@@ -41,7 +58,7 @@ async def serve_health(ip: str, port: int, is_ready: Callable[[], bool]) -> Asyn
     connections: dict[_Connection, None] = {}
     loop = asyncio.get_running_loop()
     try:
-        server = await loop.create_server(lambda: _Connection(is_ready, connections), ip, port)
+        server = await loop.create_server(lambda: _Connection(subject, connections), ip, port)
     except OSError as error:
         raise LodenError(
             f"listen {ip} port {port}: {error.strerror or error}",
@@ -61,12 +78,12 @@ class _Connection(asyncio.Protocol):
     """One request and its answer. There is no task: a silent client holds a buffer and a timer.
 
     Args:
-        is_ready: as :func:`serve_health` takes it.
+        subject: as :func:`serve_health` takes it.
         others: all connections there are, the oldest first.
     """
 
-    def __init__(self, is_ready: Callable[[], bool], others: "dict[_Connection, None]") -> None:
-        self._is_ready = is_ready
+    def __init__(self, subject: Callable[[], Subject | None], others: "dict[_Connection, None]") -> None:
+        self._subject = subject
         self._others = others
         self._request = bytearray()
 
@@ -100,20 +117,25 @@ class _Connection(asyncio.Protocol):
         if len(words) == 3 and words[2].startswith("HTTP/1."):
             status, body = self._page(words[1].partition("?")[0])
         else:
-            status, body = 400, "malformed request"
+            status, body = 400, b"malformed request"
+        kind = "application/json" if body.startswith(b"{") else "text/plain; charset=utf-8"
         head = (
             f"HTTP/1.1 {status} {_REASONS[status]}\r\n"
-            "Content-Type: text/plain; charset=utf-8\r\n"
+            f"Content-Type: {kind}\r\n"
             f"Content-Length: {len(body)}\r\n"
             "Connection: close\r\n\r\n"
         )
-        self._transport.write((head if words[:1] == ["HEAD"] else head + body).encode())
+        self._transport.write(head.encode() + (b"" if words[:1] == ["HEAD"] else body))
         self._transport.close()
 
-    def _page(self, path: str) -> tuple[int, str]:
+    def _page(self, path: str) -> tuple[int, bytes]:
         """Status and body; the words are flannel's, as probes in the field may look for them."""
+        subject = self._subject()
         if path == "/healthz":
-            return 200, "flanneld is running"
+            return 200, b"flanneld is running"
         if path == "/readyz":
-            return (200, "flanneld is ready") if self._is_ready() else (503, "flanneld is not ready yet")
-        return 404, "404 page not found\n"
+            is_ready = subject is not None and subject.is_ready
+            return (200, b"flanneld is ready") if is_ready else (503, b"flanneld is not ready yet")
+        if path == "/status":
+            return 200, b"{}" if subject is None else subject.report()
+        return 404, b"404 page not found\n"

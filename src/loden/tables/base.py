@@ -2,7 +2,7 @@
 """What a table is: a place that holds entries of one type and can be listed and changed in batches."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
 from loden.errors import KernelError
 from loden.tables.entries import Entry
@@ -56,5 +56,18 @@ class Table(Protocol[E]):
         """What a notification means: the wanted slot that no longer is as wanted, or :data:`LOOK`.
 
         None where it is about something else, or says what we want to hear. Does not block.
+        """
+        ...
+
+
+@runtime_checkable
+class Reporting(Protocol):
+    """A table that has more to say of itself than which entries fail."""
+
+    def report(self) -> Mapping[str, Any]:
+        """What a status page shows, by name; what JSON can hold. Does not block.
+
+        Raises:
+            KernelError: it cannot be found out now.
         """
         ...

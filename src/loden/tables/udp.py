@@ -78,17 +78,21 @@ class TunnelTable:
         return {name: carrier.report() for name, carrier in self._carriers.items()}
 
     async def read(self, wanted: Mapping[Hashable, UdpTunnel]) -> dict[Hashable, UdpTunnel]:
-        """The tunnels of which everything stands. Where none is wanted, what an agent left counts as one."""
+        """The tunnels of which everything stands, and those of which an agent that is gone left programs."""
         filters = await tc.list_ours(self._requests)
-        if not wanted and not self._carriers:
-            return {"": UdpTunnel("", "", b"", b"", 0)} if filters else {}
         if any(peer.mtu for carrier in self.carriers for peer in carrier.peers.values()):
             self._paths_changed()  # the kernel forgets after ten minutes that a path was narrow
-        return {
+        found: dict[Hashable, UdpTunnel] = {
             carrier.entry.slot: carrier.entry
             for carrier in self.carriers
             if carrier.is_sound and (self._are_attached(carrier, filters) or not self._may_attach(filters))
         }
+        for one in filters:
+            tunnel = _tunnel(one)
+            if tunnel not in wanted and tunnel not in found:
+                nowhere = bytes(4)  # the programs know where; who removes them need not
+                found[tunnel] = UdpTunnel(tunnel, self._devices.name(one.index) or "", nowhere, nowhere, 0)
+        return found
 
     async def put(self, entries: Sequence[UdpTunnel]) -> Failures:
         failures: Failures = {}
@@ -106,10 +110,10 @@ class TunnelTable:
         failures: Failures = {}
         for entry in entries:
             self._stop(entry.device)
-            try:
-                await self._attach(even_before_peers=True)
-            except KernelError as error:
-                failures[entry.slot] = error
+            filters = [one for one in await tc.list_ours(self._requests) if _tunnel(one) == entry.device]
+            refused = await tc.detach(self._requests, filters)
+            if refused:
+                failures[entry.slot] = refused.error("detach", f"the eBPF programs of {entry}")
         return failures
 
     def heard(self, message: Message, wanted: Mapping[Hashable, UdpTunnel]) -> Hashable | None:
@@ -160,14 +164,14 @@ class TunnelTable:
         found = {(one.index, one.parent, one.program) for one in filters}
         return found.issuperset((*place, program.number) for place, (_, program) in carrier.programs.items())
 
-    async def _attach(self, *, even_before_peers: bool = False) -> None:
-        """Have the programs of all carriers at their hooks, and none else of ours anywhere.
+    async def _attach(self) -> None:
+        """Have the programs of all carriers at their hooks, and no others of ours anywhere.
 
         Raises:
             KernelError: one cannot be attached, or detached.
         """
         filters = await tc.list_ours(self._requests)
-        if not even_before_peers and not self._may_attach(filters):
+        if not self._may_attach(filters):
             return
         wanted = [one for carrier in self.carriers for one in carrier.programs.items()]
         for (index, hook), (name, program) in wanted:
@@ -190,6 +194,11 @@ class TunnelTable:
             with suppress(RuntimeError):  # no loop runs any more
                 asyncio.get_running_loop().remove_reader(carrier.engine.fileno())
         carrier.close()
+
+
+def _tunnel(one: tc.Filter) -> str:
+    """The tunnel that a program of ours is for."""
+    return one.name.partition("/")[2]
 
 
 class UdpPeerTable:
