@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from loden.address import Family
 from loden.errors import KernelError
 from loden.tables import netlink, tc
-from loden.tables.base import Failures
+from loden.tables.base import LOOK, Failures
 from loden.tables.devices import Devices
 from loden.tables.entries import UdpPeer, UdpTunnel
 from loden.tables.netlink import Message, Netlink
@@ -117,14 +117,18 @@ class TunnelTable:
         return failures
 
     def heard(self, message: Message, wanted: Mapping[Hashable, UdpTunnel]) -> Hashable | None:
-        """Somebody changed filters where ours are."""
+        """Somebody changed filters where ours are. A qdisc or a chain takes what is in it along silently."""
         if message.kind not in (netlink.RTM_NEWTFILTER, netlink.RTM_DELTFILTER, netlink.RTM_DELQDISC):
             return None
-        if message.kind != netlink.RTM_DELQDISC and not tc.parse_filter(message).is_ours:
-            return None
         index = tc.device_of(message)
-        here = (one for one in self.carriers if index in {place[0] for place in one.programs})
-        return next((one.entry.slot for one in here if one.entry.slot in wanted), None)
+        if not any(index == place[0] for carrier in self.carriers for place in carrier.programs):
+            return None
+        if message.kind == netlink.RTM_DELQDISC:
+            return LOOK
+        one = tc.parse_filter(message)
+        if one.is_ours:
+            return _tunnel(one) if _tunnel(one) in wanted else None
+        return LOOK if message.kind == netlink.RTM_DELTFILTER and not one.name else None
 
     async def peers_are_in(self) -> None:
         """Every peer is known: from now on our programs may take the place of a predecessor's."""

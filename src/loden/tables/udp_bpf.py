@@ -29,11 +29,10 @@ _IMAGE = Path(__file__).with_name("udp.bpf.o")
 
 ENCAPSULATE, DECAPSULATE = f"{tc.PREFIX}encap", f"{tc.PREFIX}decap"
 
-#: ``enum counter`` in native/bpf/maps.h, in its order.
+#: ``enum counter`` in native/bpf/maps.h, in its order; the reasons for drops have the engine's names.
 COUNTERS = (
-    *("tx_packets", "tx_bytes", "rx_packets", "rx_bytes", "to_engine", "from_engine", "drop_ttl"),
-    *("drop_unknown_peer", "drop_spoofed", "drop_truncated", "drop_version", "drop_length", "drop_checksum"),
-    "drop_failed",
+    *("tx_packets", "tx_bytes", "rx_packets", "rx_bytes", "to_engine", "from_engine"),
+    *("ttl", "unknown_peer", "spoofed", "truncated", "version", "length", "checksum", "failed"),
 )
 
 _SETTINGS = struct.Struct("=4s16s2sBxI")

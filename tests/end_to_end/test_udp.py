@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The udp backend with real agents: both ways of carrying packets, mixed clusters, and whatever may happen
+to them."""
+
+import hashlib
+import json
+import random
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from loden.address import Family, Prefix, format_address, parse_address
+from loden.lab import namespaces, probe
+from loden.lab.topology import Topology
+from loden.tables.udp_probe import inner_packet
+from tests.end_to_end.conftest import MakeHosts
+from tests.end_to_end.hosts import Agent, Host, Hosts, Pinger, wait_until
+from tests.end_to_end.test_agent_interface import connect, readdress, require_alive
+
+BOTH = ("ebpf", "engine")
+PORT = 8285
+STATUS_PORT = 8080
+#: What the kernel asks for when programs are loaded, away: the engine alone is left.
+WITHOUT_BPF = ("setpriv", "--bounding-set", "-bpf,-sys_admin", "--inh-caps", "-all", "--")
+PLAIN_PEER = Path(__file__).with_name("plain_udp_peer.py")
+
+
+def network(acceleration: str = "auto", **more: object) -> str:
+    backend = {"Type": "udp", "Acceleration": acceleration, **more}
+    return json.dumps({"Network": "10.5.0.0/16", "Backend": backend})
+
+
+def status(host: Host) -> dict[str, object]:
+    """What the host's agent says of its tunnel."""
+    with host.inside(lambda: socket.create_connection(("127.0.0.1", STATUS_PORT), timeout=10)) as asking:
+        asking.sendall(b"GET /status HTTP/1.1\r\nHost: h\r\n\r\n")
+        answer = b"".join(iter(lambda: asking.recv(65536), b""))
+    found = json.loads(answer.partition(b"\r\n\r\n")[2])["tables"]["UdpTunnel"]["flannel0"]
+    assert isinstance(found, dict)
+    return found
+
+
+def counter(host: Host, name: str) -> int:
+    """One counter, of whichever way of carrying has it."""
+    found = status(host)
+    return sum(
+        counters.get(name, 0) for counters in (found["ebpf"], found["engine"]) if isinstance(counters, dict)
+    )
+
+
+def require_bytes_arrive(source: probe.End, target: probe.End, count: int = 3_000_000) -> None:
+    """TCP carries so many bytes, and the same ones arrive."""
+    address = format_address(target.address)
+    data = random.Random(count).randbytes(count)
+    with ExitStack() as stack:
+        listener = stack.enter_context(
+            namespaces.inside(target.namespace, lambda: socket.create_server((address, 4001)))
+        )
+        sender = stack.enter_context(
+            namespaces.inside(source.namespace, lambda: socket.create_connection((address, 4001), timeout=10))
+        )
+        receiver = stack.enter_context(listener.accept()[0])
+        receiver.settimeout(10)
+
+        def send() -> None:
+            sender.sendall(data)
+            sender.shutdown(socket.SHUT_WR)
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        digest = hashlib.sha256()
+        while part := receiver.recv(1 << 20):
+            digest.update(part)
+        thread.join()
+    assert digest.digest() == hashlib.sha256(data).digest()
+
+
+def require_datagrams_arrive(source: probe.End, target: probe.End) -> None:
+    """Datagrams arrive whole, those among them that IP has to cut."""
+    with ExitStack() as stack:
+        near, far = (
+            stack.enter_context(
+                namespaces.inside(end.namespace, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            )
+            for end in (source, target)
+        )
+        far.bind((format_address(target.address), 4002))
+        far.settimeout(10)
+        for size in (1, 37, 1400, 1472, 5000, 30_000):
+            data = random.Random(size).randbytes(size)
+            near.sendto(data, far.getsockname())
+            assert far.recv(65536) == data
+
+
+def require_all_kinds(ends: list[probe.End]) -> None:
+    """ICMP, TCP and UDP, from each to each."""
+    answers = probe.all_pairs(ends, tries=8, patience_s=0.5)
+    assert not [one for one in answers if one.rtt_ms is None]
+    for source in ends:
+        for target in ends:
+            if source is not target:
+                require_bytes_arrive(source, target)
+                require_datagrams_arrive(source, target)
+
+
+def start_all(hosts: Hosts, text: str) -> list[Agent]:
+    hosts.put_network(text)
+    agents = [host.start("--iface", "eth0", "--healthz-port", str(STATUS_PORT)) for host in hosts]
+    for agent in agents:
+        agent.wait_ready()
+    for host in hosts:
+        host.add_containers()
+    hosts.require_all_reached()
+    return agents
+
+
+@pytest.mark.parametrize("acceleration", BOTH)
+def test_carries_everything_and_says_how(make_hosts: MakeHosts, acceleration: str) -> None:
+    hosts = make_hosts()
+    agents = start_all(hosts, network(acceleration))
+    require_all_kinds([host.container() for host in hosts])
+    for agent in agents:
+        agent.wait_line(f"udp acceleration={acceleration} device=flannel0")
+    found = status(hosts[0])
+    assert found["acceleration"] == acceleration
+    assert bool(found["reason"]) is (acceleration == "engine")
+    (traffic,) = found["peers"].values()  # type: ignore[attr-defined]
+    assert min(traffic.values()) > 0
+
+
+@contextmanager
+def plain_peer(hosts: Hosts, host: Host, subnet: str) -> Iterator[None]:
+    """A host with a peer on it that knows nothing of us, and its lease, as flannel would write it."""
+    key = subnet.replace("/", "-")
+    hosts.write_raw((key, json.dumps({"PublicIP": host.address, "PublicIPv6": None}, separators=(",", ":"))))
+    host.subnet_file.parent.mkdir()
+    gateway = format_address(Prefix.parse(subnet).gateway)
+    host.subnet_file.write_text(
+        f"FLANNEL_NETWORK=10.5.0.0/16\nFLANNEL_SUBNET={gateway}/24\nFLANNEL_MTU=1472\nFLANNEL_IPMASQ=false\n"
+    )
+    others = [f"{other.subnet}={other.address}" for other in hosts if other is not host]
+    command = [sys.executable, str(PLAIN_PEER), host.address, "10.5.0.0/16", subnet, *others]
+    running = host.inside(lambda: subprocess.Popen(command, stdout=subprocess.PIPE))
+    try:
+        assert running.stdout is not None
+        assert running.stdout.readline() == b"ready\n"
+        yield
+    finally:
+        running.kill()
+        running.wait()
+        assert running.stdout is not None
+        running.stdout.close()
+
+
+def test_mixed_cluster(make_hosts: MakeHosts) -> None:
+    """Programs here, the engine there, and a third that knows of neither."""
+    hosts = make_hosts(count=3)
+    fast, slow, plain = hosts
+    hosts.put_network(network())
+    agents = [fast.start(), slow.start(under=WITHOUT_BPF)]
+    for agent, used in zip(agents, BOTH, strict=True):
+        agent.wait_ready()
+        agent.wait_line(f"udp acceleration={used}")
+    agents[1].wait_line("because=", "CAP_SYS_ADMIN")
+    with plain_peer(hosts, plain, "10.5.250.0/24"):
+        for host in hosts:
+            host.add_containers()
+        require_all_kinds([host.container() for host in hosts])
+
+
+def test_killed_and_started_again_no_packet_is_lost(make_hosts: MakeHosts) -> None:
+    hosts = make_hosts()
+    agents = start_all(hosts, network("ebpf"))
+    with Pinger(hosts[0].container(), hosts[1].container()) as pinger:
+        for agent in agents:
+            agent.kill()
+        reached = pinger.sent
+        wait_until("pings without agents", lambda: pinger.sent > reached + 300)
+        again = [host.start() for host in hosts]
+        for agent in again:
+            agent.wait_ready()
+        reached = pinger.sent
+        wait_until("pings with new agents", lambda: pinger.sent > reached + 300)
+    assert pinger.lost == 0
+    hosts.require_all_reached()
+
+
+@pytest.mark.parametrize("acceleration", BOTH)
+def test_device_deleted_under_load_comes_back(make_hosts: MakeHosts, acceleration: str) -> None:
+    hosts = make_hosts()
+    agents = start_all(hosts, network(acceleration))
+    near, far = connect(hosts[0], hosts[1])
+    with near, far, Pinger(hosts[0].container(), hosts[1].container()):
+        for _ in range(3):
+            hosts[1].ip("link delete flannel0")
+            hosts.require_all_reached()
+        require_alive(near, far)
+    assert agents[1].process.poll() is None
+    assert hosts[1].routes() == ["10.5.0.0/16 dev flannel0 scope link"]
+
+
+@pytest.mark.parametrize("acceleration", BOTH)
+def test_address_that_changes_is_followed_and_connections_survive(
+    make_hosts: MakeHosts, acceleration: str
+) -> None:
+    hosts = make_hosts()
+    agents = start_all(hosts, network(acceleration))
+    near, far = connect(hosts[0], hosts[1])
+    with near, far:
+        readdress(hosts[1], "198.18.0.77")
+        agents[1].wait_line("interface changed", "198.18.0.77")
+        hosts.require_all_reached()
+        require_alive(near, far)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["filter delete dev eth0 ingress", "filter delete dev flannel0 egress", "qdisc delete dev eth0 clsact"],
+)
+def test_program_that_somebody_detached_is_attached_again(make_hosts: MakeHosts, damage: str) -> None:
+    hosts = make_hosts()
+    agents = start_all(hosts, network("ebpf"))
+    host = hosts[0]
+    host.inside(lambda: subprocess.run(["tc", *damage.split()], check=True))
+    agents[0].wait_line("drift", "tunnel flannel0")
+
+    def attached() -> str:
+        listed = [
+            ["filter", "show", "dev", "eth0", "ingress"],
+            ["filter", "show", "dev", "flannel0", "egress"],
+        ]
+        return host.inside(
+            lambda: "".join(
+                subprocess.run(["tc", *words], capture_output=True, text=True, check=False).stdout
+                for words in listed
+            )
+        )
+
+    wait_until("both", lambda: "loden_encap" in attached() and "loden_decap" in attached())
+    require_bytes_arrive(hosts[0].container(), hosts[1].container())
+
+
+def send_raw(host: Host, target: str, packet: bytes) -> None:
+    """One datagram from the host's own port, beside whoever has it."""
+    length = 20 + 8 + len(packet)
+    header = struct.pack(
+        "!BBHHHBBH4s4s", 0x45, 0, length, 7, 0, 64, 17, 0, parse_address(host.address), parse_address(target)
+    )
+    datagram = header + struct.pack("!HHHH", PORT, PORT, 8 + len(packet), 0) + packet
+    with host.inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)) as raw:
+        raw.sendto(datagram, (target, 0))
+
+
+@pytest.mark.parametrize("acceleration", BOTH)
+def test_lies_about_the_source_are_dropped_and_counted(make_hosts: MakeHosts, acceleration: str) -> None:
+    hosts = make_hosts(count=3)
+    start_all(hosts, network(acceleration))
+    victim, peer, liar = hosts
+    target = victim.container()
+
+    def arrived(source: bytes) -> bool:
+        """Whether a packet from an address reaches the container, sent by the liar."""
+        with namespaces.inside(
+            target.namespace, lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, 253)
+        ) as sink:
+            send_raw(liar, victim.address, inner_packet(Family.IPV4, source, target.address, 9))
+            sink.settimeout(0.3)
+            try:
+                return sink.recv(2000)[12:16] == source
+            except TimeoutError:
+                return False
+
+    wait_until("an honest packet arrives", lambda: arrived(liar.container().address))
+    assert not arrived(peer.container().address)
+    assert counter(victim, "spoofed") == 1
+    assert not arrived(parse_address("203.0.113.5"))
+    assert counter(victim, "spoofed") == 2
+    hosts.leases()
+    liar.agents[0].stop()
+    with_store = hosts.leases()[liar.subnet]
+
+    async def release(store: object) -> None:
+        await store.delete(with_store)  # type: ignore[attr-defined]
+
+    hosts.with_store(release)
+    wait_until("the liar is nobody's peer", lambda: liar.subnet not in json.dumps(status(victim)))
+    assert not arrived(liar.container().address)
+    assert counter(victim, "unknown_peer") >= 1
+
+
+@pytest.mark.parametrize("acceleration", BOTH)
+def test_strangers_are_let_in_on_demand(make_hosts: MakeHosts, acceleration: str) -> None:
+    hosts = make_hosts()
+    start_all(hosts, network(acceleration, AllowUnknownPeers=True))
+    victim, stranger = hosts
+    target = victim.container()
+    source = parse_address("10.5.251.7")
+    with namespaces.inside(
+        target.namespace, lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, 253)
+    ) as sink:
+        send_raw(stranger, victim.address, inner_packet(Family.IPV4, source, target.address, 9))
+        sink.settimeout(10)
+        came = sink.recv(2000)
+    assert came[12:16] == source
+    assert came[8] == 9 - 2  # here, and where the kernel passes it on
+
+
+def test_unknown_subnet_is_answered_with_unreachable(make_hosts: MakeHosts) -> None:
+    hosts = make_hosts(count=1)
+    start_all(hosts, network())
+    container = hosts[0].container()
+    with namespaces.inside(
+        container.namespace, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    ) as asking:
+        asking.setsockopt(socket.IPPROTO_IP, 11, 1)  # IP_RECVERR
+        asking.settimeout(10)
+        unused = next(f"10.5.{number}.9" for number in (250, 251) if f"10.5.{number}.0/24" != hosts[0].subnet)
+        asking.sendto(b"anybody?", (unused, 9))
+        with pytest.raises(OSError, match="unreachable"):
+            asking.recv(100)
+
+
+@pytest.mark.parametrize("acceleration", BOTH)
+def test_narrow_path_is_noticed_and_senders_are_told(make_hosts: MakeHosts, acceleration: str) -> None:
+    hosts = make_hosts(shape=Topology.ROUTED)
+    agents = start_all(hosts, network(acceleration))
+    one, other = hosts
+    bridge = other.plan.segment.bridge
+    for name in (bridge, other.name):
+        command = ["ip", "link", "set", name, "mtu", "1400"]
+        namespaces.inside(hosts.plan.switch, lambda command=command: subprocess.run(command, check=True))  # type: ignore[misc]
+    require_bytes_arrive(one.container(), other.container(), 1_000_000)
+    wait_until("a route of its own", lambda: "mtu 1372" in one.ip(f"route show {other.subnet}"))
+    require_bytes_arrive(one.container(), other.container())
+    require_datagrams_arrive(one.container(), other.container())
+    assert agents[0].process.poll() is None
+
+
+def test_port_in_use_is_said_and_taken_when_free(make_hosts: MakeHosts) -> None:
+    hosts = make_hosts()
+    hosts.put_network(network())
+    host = hosts[0]
+    with host.inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as taken:
+        taken.bind((host.address, PORT))
+        agent = host.start()
+        agent.wait_line(f"bind UDP port {PORT} of {host.address}", "EADDRINUSE", "Backend.Port")
+        assert not host.subnet_file.exists()
+    agent.wait_ready()
+
+
+def test_several_peers_behind_one_address(make_hosts: MakeHosts) -> None:
+    """Two hosts behind a router that translates addresses: told apart by their ports."""
+    hosts = make_hosts(count=3, shape=Topology.ROUTED)
+    shared = "198.18.200.1"
+    hosts.put_network(network())
+    hidden = {18285: hosts[1], 28285: hosts[2]}
+    rules = ["table ip hide {", "chain in { type nat hook prerouting priority dstnat;"]
+    rules += [
+        f"ip daddr {shared} udp dport {port} dnat to {host.address}:{PORT}" for port, host in hidden.items()
+    ]
+    rules += ["}", "chain out { type nat hook postrouting priority srcnat;"]
+    rules += [
+        f"ip saddr {host.address} udp sport {PORT} snat to {shared}:{port}" for port, host in hidden.items()
+    ]
+    script = "\n".join([*rules, "}", "}"])
+
+    def hide() -> None:
+        subprocess.run(["ip", "address", "add", f"{shared}/32", "dev", "lo"], check=True)
+        subprocess.run(["nft", "-f", "-"], input=script, text=True, check=True)
+
+    namespaces.inside(hosts.plan.switch, hide)
+    agents = [hosts[0].start()]
+    agents += [
+        host.start("--iface", "eth0", "--public-ip", shared, "--public-port", str(port))
+        for port, host in hidden.items()
+    ]
+    for agent in agents:
+        agent.wait_ready()
+    for host in hosts:
+        host.add_containers()
+    hosts.require_all_reached()
+    require_bytes_arrive(hosts[0].container(), hosts[1].container())
+    require_bytes_arrive(hosts[1].container(), hosts[2].container())
+    assert not [line for agent in agents for line in agent.lines("contended")]
+
+
+@pytest.mark.parametrize("text", [network(), '{"Network": "10.5.0.0/16"}'], ids=["udp", "vxlan"])
+def test_stopping_for_good_leaves_nothing(make_hosts: MakeHosts, text: str) -> None:
+    hosts = make_hosts()
+    host = hosts[0]
+    before = host.ip("-o link"), host.ip("route"), host.ip("-6 route"), host.inside(qdiscs)
+    agents = hosts.up(text, containers=False)
+    wait_until("the peer", lambda: agents[0].told.count("1 peers") > 0)
+    agents[0].stop()
+    command = [sys.executable, "-m", "loden.cli.main", "run", "--cleanup"]
+    done = host.inside(lambda: subprocess.run(command, capture_output=True, text=True, check=False))
+    assert done.returncode == 0, done.stderr
+    assert (host.ip("-o link"), host.ip("route"), host.ip("-6 route"), host.inside(qdiscs)) == before
+    assert "FLANNEL" not in host.inside(rules_of_all_tools)
+    again = host.inside(lambda: subprocess.run(command, capture_output=True, text=True, check=False))
+    assert again.returncode == 0, again.stderr
+
+
+def qdiscs() -> str:
+    return subprocess.run(["tc", "qdisc", "show"], capture_output=True, text=True, check=True).stdout
+
+
+def rules_of_all_tools() -> str:
+    commands = (["nft", "list", "ruleset"], ["iptables-save"], ["iptables-legacy-save"])
+    return "".join(
+        subprocess.run(one, capture_output=True, text=True, check=False).stdout for one in commands
+    )
