@@ -7,28 +7,22 @@ many more hosts (vxlan). Beside the figure stands the same ping for as long with
 
 import argparse
 import os
-import select
 import signal
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
 from bench._common import Arguments, Figure, figure, run
+from bench._ping import Ping
 from bench._site import NETWORK, add_leases
 from loden.address import Family, format_address
 from loden.errors import LabError
-from loden.lab import namespaces
 from loden.lab.agents import READY_S, Agents
 from loden.lab.lab import Lab, running
-from loden.lab.probe import echo_request
 from loden.lab.topology import Spec
 from loden.lab.wiring import container_address
 
-_INTERVAL_S = 0.001
 _BEFORE_S, _AFTER_S = 0.3, 2.0  # the second holds the first look of the agents that start
-_PATIENCE_S = 1.0
 _SETTLE_S = 5.0
 _BACKENDS = ("vxlan", "host-gw")
 
@@ -45,8 +39,8 @@ def measure(arguments: Arguments) -> Iterator[Figure]:
             # host-gw would refuse peers that are not in the lab's small underlay
             add_leases(labs["vxlan"].state.path / "store.db", arguments.leases)
             time.sleep(_SETTLE_S)
-        pings = {backend: _Ping(labs[backend]) for backend in _BACKENDS}
-        alone = {backend: _Ping(labs[backend]) for backend in _BACKENDS}
+        pings = {backend: _ping(labs[backend]) for backend in _BACKENDS}
+        alone = {backend: _ping(labs[backend]) for backend in _BACKENDS}
         took: dict[str, list[float]] = {backend: [] for backend in _BACKENDS}
         for _ in range(arguments.rounds):
             for backend, lab in labs.items():
@@ -73,6 +67,13 @@ def measure(arguments: Arguments) -> Iterator[Figure]:
             yield figure(f"{backend}, longest time without agents", max(took[backend]), "s")
 
 
+def _ping(lab: Lab) -> Ping:
+    """From the first host's container to the second's."""
+    first, second = lab.plan.hosts
+    target = container_address(lab.found[second.name].subnets[Family.IPV4], 0)
+    return Ping(first.containers[0].namespace, format_address(target))
+
+
 def _restart(lab: Lab) -> None:
     """SIGKILL to every agent, and new ones."""
     for host in lab.plan.hosts:
@@ -85,81 +86,6 @@ def _restart(lab: Lab) -> None:
         for host in lab.plan.hosts:
             agents.start(host)
         agents.wait_ready(timeout_s=READY_S, on_ready=lambda _: None)
-
-
-class _Ping:
-    """Echo requests from the first host's container to the second's, at a steady pace, in a thread."""
-
-    def __init__(self, lab: Lab) -> None:
-        first, second = lab.plan.hosts
-        self._source = first.containers[0].namespace
-        self._target = format_address(container_address(lab.found[second.name].subnets[Family.IPV4], 0))
-        self.sent = 0
-        self.lost = 0
-        self.longest_s = 0.0
-
-    def running(self) -> "_Burst":
-        return _Burst(self, namespaces.inside(self._source, _raw_socket), self._target)
-
-
-class _Burst:
-    """One uninterrupted row of requests; adds to its ping's counts at the end."""
-
-    def __init__(self, ping: _Ping, raw: socket.socket, target: str) -> None:
-        self._ping = ping
-        self._socket = raw
-        self._target = target
-        self._sent: dict[tuple[int, int], float] = {}  # those without an answer yet
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="ping")
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._socket.close()
-        self._ping.lost += len(self._sent)
-
-    def _work(self) -> None:
-        due = time.monotonic()
-        number = 0
-        while not self._stop.is_set():
-            self._take(max(0.0, due - time.monotonic()))
-            if time.monotonic() >= due:
-                self._ask(divmod(number, 1 << 16))
-                number += 1
-                due += _INTERVAL_S
-        deadline = time.monotonic() + _PATIENCE_S
-        while self._sent and time.monotonic() < deadline:
-            self._take(0.01)
-        self._ping.sent += number
-
-    def _ask(self, name: tuple[int, int]) -> None:
-        self._sent[name] = time.monotonic()
-        try:
-            self._socket.sendto(echo_request(8, *name), (self._target, 0))
-        except OSError:
-            return  # refused is lost: it stays among those without an answer
-
-    def _take(self, timeout_s: float) -> None:
-        if not select.select([self._socket], [], [], timeout_s)[0]:
-            return
-        packet = self._socket.recv(256)
-        start = (packet[0] & 0x0F) * 4  # behind the IP header
-        if packet[start] == 0:  # an echo reply
-            name = (
-                int.from_bytes(packet[start + 4 : start + 6], "big"),
-                int.from_bytes(packet[start + 6 : start + 8], "big"),
-            )
-            sent = self._sent.pop(name, None)
-            if sent is not None:
-                self._ping.longest_s = max(self._ping.longest_s, time.monotonic() - sent)
-
-
-def _raw_socket() -> socket.socket:
-    return socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
