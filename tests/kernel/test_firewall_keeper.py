@@ -357,6 +357,30 @@ def test_look_is_not_even_taken_while_the_kernel_says_that_nothing_changed(host:
     play(host, scenario)
 
 
+def test_keeper_rests_until_something_changes(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It must not take what it writes itself for a reason to look again and again."""
+    settles = 0
+    settle_once = Firewall.settle
+
+    async def counted(firewall: Firewall) -> None:
+        nonlocal settles
+        settles += 1
+        await settle_once(firewall)
+
+    async def scenario() -> None:
+        monkeypatch.setattr(Firewall, "settle", counted)
+        async with kept(Kind.NFT) as firewall:
+            await asyncio.sleep(1)  # three times as long as a notification waits
+            before = settles
+            await asyncio.sleep(1)
+            assert settles == before
+            shell("nft add table ip other")
+            await until(lambda: settles > before)
+            assert firewall.statistics.repairs == 0
+
+    play(host, scenario)
+
+
 def test_held_lock_is_said_once_and_waited_for(host: str, caplog: pytest.LogCaptureFixture) -> None:
     lock = os.open("/run/xtables.lock", os.O_CREAT | os.O_CLOEXEC, 0o600)
 

@@ -231,14 +231,16 @@ class Firewall:
 
     def _hear(self) -> None:
         """Somebody changed nftables. With iptables the look can wait: kube-proxy changes it all the time."""
-        if self._kernel is not None:
-            self._heard = (*self._heard, *self._kernel.take_culprits())[-_PASSES:]
+        self._collect_culprits()
         if self._kind is Kind.NFT and self._is_standing:
             self._wake.set()
 
-    def _take_culprits(self) -> tuple[str, ...]:
+    def _collect_culprits(self) -> None:
         if self._kernel is not None:
-            self._hear()
+            self._heard = (*self._heard, *self._kernel.take_culprits())[-_PASSES:]
+
+    def _take_culprits(self) -> tuple[str, ...]:
+        self._collect_culprits()
         heard, self._heard = self._heard, ()
         return tuple(dict.fromkeys(heard))
 
