@@ -441,6 +441,8 @@ def _reason(candidate: _Candidate, asked_public: Mapping[Family, bytes], facts: 
         for address in asked_public.values()
         if not any(_links_with(address, facts))
     ]
+    if _is_overlay(candidate.link):
+        remarks.append(f"{candidate.link.name} is a {candidate.link.kind} interface")
     if not candidate.link.is_up:
         remarks.append(f"{candidate.link.name} is down")
     return "; ".join([candidate.reason, *remarks])

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The host's edges, kept by the real agent: forwarding, firewall rules, the blackhole route."""
 
+import fcntl
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -86,6 +89,51 @@ def test_rules_are_kept_and_health_waits_for_them(
     flush = ("nft", "flush", "ruleset") if network == NFT else ("iptables", "-t", "nat", "-F")
     run(host, *flush)
     wait_until("the rules", lambda: run(host, *listing).splitlines()[1:-1] == rules.splitlines()[1:-1])
+
+
+@pytest.mark.parametrize(
+    ("version", "complaint"),
+    [
+        ("", "find a firewall tool: no firewall tool is installed"),
+        ("nftables v1.0.0", "nft: version 1.0.0 is too old, 1.0.1 is the first that works"),
+    ],
+    ids=["missing", "too old"],
+)
+def test_firewall_tool_is_waited_for_and_packets_are_not_held_up(
+    make_hosts: MakeHosts, tmp_path: Path, version: str, complaint: str
+) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    nft = folder / "nft"
+    if version:
+        nft.write_text(f"#!/bin/sh\necho '{version}'\n")
+        nft.chmod(0o755)
+    (host,) = hosts = make_hosts(count=1)
+    hosts.put_network(VXLAN)
+    agent = host.start(
+        *("--iface", "eth0", "--healthz-ip", "127.0.0.1", "--healthz-port", "8081"),
+        under=("env", f"PATH={folder}"),
+    ).wait_ready()
+    agent.wait_line("keeping the firewall's rules fails", complaint, "install nftables 1.0.1 or newer")
+    assert host.get("/readyz", 8081) == 503
+    nft.unlink(missing_ok=True)
+    nft.symlink_to(shutil.which("nft") or "nft")
+    agent.wait_line("keeping the firewall's rules works again")
+    wait_until("ready", lambda: host.get("/readyz", 8081) == 200)
+    assert "10.5.0.0/16" in run(host, "nft", "list", "table", "ip", "flannel-ipv4")
+
+
+def test_held_xtables_lock_is_said_and_holds_nothing_else_up(make_hosts: MakeHosts) -> None:
+    (host,) = hosts = make_hosts(count=1)
+    hosts.put_network(VXLAN)
+    run(host, "iptables-legacy", "-A", "INPUT", "-j", "ACCEPT")
+    with open("/run/xtables.lock", "w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        agent = host.start().wait_ready()
+        agent.wait_line("keeping the firewall's rules fails", "xtables.lock", "fuser /run/xtables.lock")
+    agent.wait_line("keeping the firewall's rules works again")
+    assert len(agent.lines("keeping the firewall's rules fails")) == 1
+    assert "FLANNEL-FWD" in run(host, "iptables-legacy-save")
 
 
 def test_blackhole_takes_what_no_container_has(make_hosts: MakeHosts) -> None:

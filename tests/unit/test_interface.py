@@ -288,6 +288,12 @@ def test_interface_that_was_asked_for_by_name_is_waited_for() -> None:
         again(current, bare, Selection(iface=("eth0",)))
 
 
+def test_tunnel_that_is_all_that_fits_is_said_to_be_one() -> None:
+    host = HostFacts(links=(LO, Link(9, "wg0", kind="wireguard")), addresses=(own(9, "10.0.0.1"),))
+    reason = chosen(Selection(iface_regex=("^10\\.0",)), host=host).reason
+    assert reason.endswith("; wg0 is a wireguard interface")
+
+
 def test_pattern_prefers_a_real_interface_to_a_tunnel() -> None:
     tunnel = Link(9, "wg0", kind="wireguard")
     host = HostFacts(links=(LO, tunnel, ETH0), addresses=(own(9, "10.0.0.1"), own(2, "10.0.0.5")))
