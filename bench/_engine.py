@@ -50,13 +50,14 @@ def tcp(program: pathlib.Path, path: Path, *, streams: int = 1, seconds: float =
 
 
 def datagrams(
-    program: pathlib.Path, path: Path, *, size: int = DATAGRAM_BYTES, seconds: float = ROUND_S
+    program: pathlib.Path, path: Path, *, size: int = DATAGRAM_BYTES, row: int = 1, seconds: float = ROUND_S
 ) -> float:
     """How many datagrams a second reach the receiver while a source sends as fast as it can.
 
     Args:
         program, path, seconds: as in :func:`tcp`.
         size: bytes of payload in each.
+        row: how many of them the source hands to its kernel at once, 64 at most.
     """
     family = Family.of(path.target.address)
     with contextlib.ExitStack() as stack:
@@ -67,7 +68,7 @@ def datagrams(
         sender = stack.enter_context(namespaces.inside(path.source.namespace, open_socket))
         sender.bind((format_address(path.source.address), 0))
         sender.connect(receiver.getsockname())
-        _start(program, stack, "flood", sender, seconds + 2 * _AHEAD_S, str(size))
+        _start(program, stack, "flood", sender, seconds + 2 * _AHEAD_S, str(size), str(row))
         return _figure_of(_start(program, stack, "sink", receiver, seconds))
 
 

@@ -5,7 +5,8 @@
  *
  *   packets push SOCKET SECONDS            write to a connected TCP socket
  *   packets pull SOCKET SECONDS            read from one; prints the bytes of that time
- *   packets flood SOCKET SECONDS BYTES     send datagrams on a connected UDP socket; prints how many
+ *   packets flood SOCKET SECONDS BYTES ROW send datagrams on a connected UDP socket, as many as ROW of them
+ *                                          in a row with UDP_SEGMENT, so that the source costs little
  *   packets sink SOCKET SECONDS            receive datagrams; prints how many came in that time
  *   packets loop TUN SOCKET ADDRESS PORT   the anchor: until it is ended; TUN without virtio headers
  *
@@ -13,6 +14,8 @@
  */
 #include <arpa/inet.h>
 #include <errno.h>
+#include <netinet/in.h>
+#include <netinet/udp.h>
 #include <poll.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -22,6 +25,10 @@
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
+
+#ifndef UDP_SEGMENT
+#define UDP_SEGMENT 103 /* linux/udp.h */
+#endif
 
 enum { BATCH = 64, BUFFER = 1 << 18 };
 
@@ -76,24 +83,23 @@ static void prepare(struct mmsghdr *messages, struct iovec *pieces, char *buffer
 	}
 }
 
-static int flood(int fd, double seconds, size_t size)
+static int flood(int fd, double seconds, size_t size, size_t row)
 {
 	static char buffer[BUFFER];
 	struct mmsghdr messages[BATCH];
 	struct iovec pieces[BATCH];
 	double end = now() + seconds;
-	uint64_t sent = 0;
+	int segment = (int)size;
 
-	if (size > BUFFER / BATCH)
+	if (size > BUFFER / BATCH || row < 1 || row > BATCH)
 		return 2;
+	if (row > 1 && setsockopt(fd, IPPROTO_UDP, UDP_SEGMENT, &segment, sizeof(segment)) < 0)
+		return 1;
 	prepare(messages, pieces, buffer, size);
-	while (now() < end) {
-		int count = sendmmsg(fd, messages, BATCH, 0);
-
-		if (count > 0)
-			sent += (uint64_t)count;
-	}
-	printf("%llu\n", (unsigned long long)sent);
+	for (size_t i = 0; i < BATCH; i++)
+		pieces[i] = (struct iovec){.iov_base = buffer, .iov_len = size * row};
+	while (now() < end)
+		(void)!sendmmsg(fd, messages, BATCH, 0);
 	return 0;
 }
 
@@ -153,8 +159,8 @@ int main(int count, char **words)
 		return push(atoi(words[2]), atof(words[3]));
 	if (count == 4 && strcmp(what, "pull") == 0)
 		return pull(atoi(words[2]), atof(words[3]));
-	if (count == 5 && strcmp(what, "flood") == 0)
-		return flood(atoi(words[2]), atof(words[3]), (size_t)atoi(words[4]));
+	if (count == 6 && strcmp(what, "flood") == 0)
+		return flood(atoi(words[2]), atof(words[3]), (size_t)atoi(words[4]), (size_t)atoi(words[5]));
 	if (count == 4 && strcmp(what, "sink") == 0)
 		return sink(atoi(words[2]), atof(words[3]));
 	if (count == 6 && strcmp(what, "loop") == 0)
