@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # On a fresh Debian 12 with git and make, as root: "make lab" and "make test" do their own set-up.
 
-.PHONY: help setup lab test unit kernel fmt lint type clean
+.PHONY: help setup lab test unit kernel fuzz fmt lint type clean
 .DEFAULT_GOAL := help
 
 bin := .venv/bin
@@ -23,6 +23,9 @@ unit: setup ## the tests that need no kernel: quick, linters and types included
 
 kernel: setup ## the tests that need a kernel, in namespaces of their own
 	@scripts/test -m kernel
+
+fuzz: setup ## fuzz the packet engine's parsers, FUZZ_S seconds each [300]
+	@scripts/fuzz $(or $(FUZZ_S),300)
 
 fmt: setup ## format the source
 	@$(bin)/ruff format .

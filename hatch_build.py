@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class EngineBuildHook(BuildHookInterface[Any]):
             return
         module = Path(self.root, _MODULE)
         module.unlink(missing_ok=True)
-        reason = _compile(Path(self.root, _SOURCES), module)
+        reason = build(Path(self.root, _SOURCES), module)
         if reason and os.environ.get("LODEN_REQUIRE_ENGINE", "") not in ("", "0"):
             raise RuntimeError(f"build the packet engine: {reason}")
         if reason:
@@ -50,20 +51,27 @@ class EngineBuildHook(BuildHookInterface[Any]):
         build_data["tag"] = f"cp311-abi3-{platform}"
 
 
-def _compile(sources: Path, module: Path) -> str:
-    """Why there is no engine; empty where there is."""
+def build(sources: Path, module: Path, *, flags: Sequence[str] = (), headers: str = "") -> str:
+    """Compile the extension; why there is none, empty where there is.
+
+    Args:
+        sources: the folder with the engine's C files.
+        module: where the extension goes, whole or not at all.
+        flags: more for the compiler, behind ``CFLAGS``; ``CC`` names another compiler.
+        headers: the folder with ``Python.h``; empty for this interpreter's.
+    """
     if not sys.platform.startswith("linux"):
         return f"it needs Linux, and this is {sys.platform}"
     compiler = _compiler()
     if not compiler:
         return "no C compiler (apt install gcc, or name one in CC)"
-    headers = sysconfig.get_paths()["include"]
+    headers = headers or sysconfig.get_paths()["include"]
     if not Path(headers, "Python.h").exists():
         return f"no {headers}/Python.h (apt install python3-dev)"
     extra = shlex.split(os.environ.get("CFLAGS", ""))
     files = sorted(str(path) for path in sources.glob("*.c"))
     new = module.with_suffix(".new")
-    command = [*compiler, *_FLAGS, *extra, f"-I{headers}", *files, "-o", str(new)]
+    command = [*compiler, *_FLAGS, *extra, *flags, f"-isystem{headers}", *files, "-o", str(new)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         return f"{shlex.join(command)} said:\n{done.stderr}"

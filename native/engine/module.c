@@ -612,7 +612,7 @@ static void free_copies(struct copy **copies)
 
 static PyObject *module_merge(PyObject *module, PyObject *sequence)
 {
-	size_t count;
+	size_t count = 0;
 	struct copy *CLEANUP(free_copies) copies = array_from(sequence, sizeof(*copies), copy_from, &count);
 	MEMORY struct merger *merger = malloc(sizeof(*merger));
 	OBJECT list = NULL;
@@ -701,7 +701,7 @@ static void free_table(struct table **table)
 
 static bool table_from(PyObject *puts_object, struct table **ret)
 {
-	size_t count;
+	size_t count = 0;
 	MEMORY struct peer *puts = array_from(puts_object, sizeof(*puts), peer_from, &count);
 	int result;
 
