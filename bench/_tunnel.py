@@ -7,6 +7,7 @@ import socket
 import struct
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from loden.errors import LabError
 from loden.lab import namespaces
 from loden.tables.engine import Engine, Peer
 
+WIRE_MTU = 1500
+OVERHEAD = {Family.IPV4: 28, Family.IPV6: 48}  # bytes of the outer IP and UDP headers
 PORT = 8285
 LOOP_PORT = 8286
 
@@ -29,6 +32,7 @@ _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33  # <asm-generic/socket.h>
 _IP_MTU_DISCOVER, _IP_PMTUDISC_DO = 10, 2  # <linux/in.h>
 _IPV6_MTU_DISCOVER = 23  # <linux/in6.h>
 _BUFFER_BYTES = 8 << 20
+_PATIENCE_S = 10.0
 
 
 class Side(msgspec.Struct, frozen=True):
@@ -64,12 +68,15 @@ class Side(msgspec.Struct, frozen=True):
 
 SIDES = (Side(1), Side(2))
 
+#: What goes through the tunnel.
+NETWORKS = {Family.IPV4: Prefix.parse("10.5.0.0/16"), Family.IPV6: Prefix.parse("fd00:5::/48")}
+
 
 @contextmanager
-def wire(*, mtu: int = 1500) -> Iterator[None]:
+def wire() -> Iterator[None]:
     """The two namespaces, ``eth0`` in each the end of one wire."""
     lines = [f"netns add {side.namespace}" for side in SIDES]
-    lines.append(f"link add eth0 netns wire-1 mtu {mtu} type veth peer name eth0 netns wire-2 mtu {mtu}")
+    lines.append("link add eth0 netns wire-1 type veth peer name eth0 netns wire-2")
     run_ip(lines)
     try:
         for side in SIDES:
@@ -82,9 +89,24 @@ def wire(*, mtu: int = 1500) -> Iterator[None]:
                 ],
                 side,
             )
+        _wait_until_usable()
         yield
     finally:
         run_ip([f"netns del {side.namespace}" for side in SIDES])
+
+
+def _wait_until_usable() -> None:
+    """The kernel takes an IPv6 address into use when it has noticed the carrier."""
+    for side in SIDES:
+        address = format_address(side.wire(Family.IPV6))
+        command = ("ip", "-netns", side.namespace, "-6", "route", "show", "table", "local", "type", "local")
+        deadline = time.monotonic() + _PATIENCE_S
+        while (
+            f"{address} " not in subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        ):
+            if time.monotonic() > deadline:
+                raise LabError(f"make a wire: {address} is not usable after {_PATIENCE_S:g} s")
+            time.sleep(0.01)
 
 
 def run_ip(lines: Sequence[str], side: Side | None = None) -> None:
@@ -143,34 +165,74 @@ def open_udp(family: Family, port: int) -> socket.socket:
     return found
 
 
-def engine_on(side: Side, stack: ExitStack, *, mtu: int = 1472) -> Engine:
-    """The engine between a new device ``flannel0`` and port 8285 of a side; the other side is its peer."""
-    engine = namespaces.inside(side.namespace, _open_engine)
+def engine_on(
+    side: Side,
+    stack: ExitStack,
+    *,
+    outer: Family = Family.IPV4,
+    queues: int = 1,
+    allow_unknown: bool = False,
+) -> Engine:
+    """The engine between a new device ``flannel0`` and port 8285 of a side; the other side is its peer.
+
+    Args:
+        side: where.
+        stack: stops the engine.
+        outer: the family between the hosts.
+        queues: of the device.
+        allow_unknown: as in :class:`Engine`.
+    """
+    engine = namespaces.inside(side.namespace, lambda: _open_engine(side, queues, allow_unknown))
     stack.callback(engine.stop)
-    (other,) = (one for one in SIDES if one is not side)
-    lines = [f"link set flannel0 mtu {mtu} up"]
+    mtu = WIRE_MTU - OVERHEAD[outer]
+    lines = [f"link set flannel0 mtu {mtu} gso_max_size {_gso_size(mtu)} up"]
     for family in Family:
-        own = side.subnet(family)
+        own, whole = side.subnet(family), NETWORKS[family]
         nodad = "nodad" if family is Family.IPV6 else ""
         lines.append(f"address add {format_address(own.address)}/{family.bits} dev flannel0 {nodad}")
-        lines.append(f"route add {other.subnet(family)} dev flannel0 src {format_address(own.address)}")
+        lines.append(f"route add {whole} dev flannel0 src {format_address(own.address)}")
     run_ip(lines, side)
-    engine.change(
-        [
-            Peer(other.subnet(family).address, other.subnet(family).length, other.wire(), PORT, mtu)
-            for family in Family
-        ],
-        (),
-    )
+    engine.change([peer_of(other_of(side), family, outer=outer) for family in Family], ())
     engine.start()
     return engine
 
 
-def _open_engine() -> Engine:
-    tun = open_tun("flannel0")
+def _gso_size(mtu: int) -> int:
+    """Super-packets that fit, with the headers of every segment, into one message to the socket."""
+    outer, inner = 65_487, 52  # most bytes of a message; a TCP header with its usual options, and one of IPv4
+    return outer // mtu * (mtu - inner) + inner
+
+
+def other_of(side: Side) -> Side:
+    """The side at the other end."""
+    return SIDES[2 - side.number]
+
+
+def peer_of(side: Side, family: Family, *, outer: Family = Family.IPV4, mtu: int = 0) -> Peer:
+    """A side as the other one's peer.
+
+    Args:
+        side: the peer.
+        family: of its subnet.
+        outer: of its address on the wire.
+        mtu: as in :class:`Peer`.
+    """
+    return Peer(side.subnet(family).address, side.subnet(family).length, side.wire(outer), PORT, mtu)
+
+
+def _open_engine(side: Side, queues: int, allow_unknown: bool) -> Engine:
+    tun = open_tun("flannel0", queues=queues)
+    # The kernel takes ICMP errors from one of its own addresses only where it is told to.
+    Path("/proc/sys/net/ipv4/conf/flannel0/accept_local").write_text("1")
     udp = [open_udp(family, PORT) for family in Family]
     try:
-        return Engine(tun, [one.fileno() for one in udp])
+        return Engine(
+            tun,
+            [one.fileno() for one in udp],
+            source4=side.subnet(Family.IPV4).address,
+            source6=side.subnet(Family.IPV6).address,
+            allow_unknown=allow_unknown,
+        )
     finally:
         for fd in tun:
             os.close(fd)
@@ -179,10 +241,10 @@ def _open_engine() -> Engine:
 
 
 @contextmanager
-def engines(*, mtu: int = 1472) -> Iterator[tuple[Engine, Engine]]:
+def engines() -> Iterator[tuple[Engine, Engine]]:
     """The engine on both sides, with the other as its peer."""
     with ExitStack() as stack:
-        one, two = (engine_on(side, stack, mtu=mtu) for side in SIDES)
+        one, two = (engine_on(side, stack) for side in SIDES)
         yield one, two
 
 
@@ -191,11 +253,10 @@ def loops(program: Path) -> Iterator[None]:
     """The anchor on both sides: a tunnel that moves one packet with each system call."""
     with ExitStack() as stack:
         for side in SIDES:
-            (other,) = (one for one in SIDES if one is not side)
             (tun,), udp = namespaces.inside(side.namespace, _open_loop)
             address = format_address(side.loop_address)
             run_ip(["link set loop0 mtu 1472 up", f"address add {address}/24 dev loop0"], side)
-            words = (tun, udp.fileno(), format_address(other.wire()), LOOP_PORT)
+            words = (tun, udp.fileno(), format_address(other_of(side).wire()), LOOP_PORT)
             running = subprocess.Popen(
                 (program, "loop", *map(str, words)), pass_fds=(tun, udp.fileno()), stdin=subprocess.DEVNULL
             )

@@ -329,7 +329,7 @@ static PyObject *engine_method_change(PyObject *object, PyObject *args)
 	PyObject *puts, *drops;
 	MEMORY struct peer *put_array = NULL;
 	MEMORY struct prefix *drop_array = NULL;
-	size_t put_count, drop_count;
+	size_t put_count = 0, drop_count = 0;
 	int result;
 
 	if (!PyArg_ParseTuple(args, "OO", &puts, &drops))
