@@ -22,7 +22,8 @@ from loden.lab.topology import Topology
 from loden.tables.udp_probe import inner_packet
 from tests.end_to_end.conftest import MakeHosts
 from tests.end_to_end.hosts import Agent, Host, Hosts, Pinger, wait_until
-from tests.end_to_end.test_agent_interface import connect, readdress, require_alive
+from tests.end_to_end.talk import Talk, connection
+from tests.end_to_end.test_agent_interface import readdress
 
 BOTH = ("ebpf", "engine")
 PORT = 8285
@@ -136,6 +137,15 @@ def test_carries_everything_and_says_how(make_hosts: MakeHosts, acceleration: st
 
 
 @contextmanager
+def talking(one: Host, other: Host) -> Iterator[Talk]:
+    """A connection between the containers of two hosts that is in use all the time."""
+    seen = format_address(one.container().address)
+    with connection(one.container(), other.container(), seen) as ends, Talk("a connection", *ends) as talk:
+        talk.require_alive("its start")
+        yield talk
+
+
+@contextmanager
 def plain_peer(hosts: Hosts, host: Host, subnet: str) -> Iterator[None]:
     """A host with a peer on it that knows nothing of us, and its lease, as flannel would write it."""
     key = subnet.replace("/", "-")
@@ -196,12 +206,11 @@ def test_killed_and_started_again_no_packet_is_lost(make_hosts: MakeHosts) -> No
 def test_device_deleted_under_load_comes_back(make_hosts: MakeHosts, acceleration: str) -> None:
     hosts = make_hosts()
     agents = start_all(hosts, network(acceleration))
-    near, far = connect(hosts[0], hosts[1])
-    with near, far, Pinger(hosts[0].container(), hosts[1].container()):
+    with talking(hosts[0], hosts[1]) as talk:
         for _ in range(3):
             hosts[1].ip("link delete flannel0")
             hosts.require_all_reached()
-        require_alive(near, far)
+        talk.require_alive("the device was deleted")
     assert agents[1].process.poll() is None
     assert hosts[1].routes() == ["10.5.0.0/16 dev flannel0 scope link"]
 
@@ -212,12 +221,11 @@ def test_address_that_changes_is_followed_and_connections_survive(
 ) -> None:
     hosts = make_hosts()
     agents = start_all(hosts, network(acceleration))
-    near, far = connect(hosts[0], hosts[1])
-    with near, far:
+    with talking(hosts[0], hosts[1]) as talk:
         readdress(hosts[1], "198.18.0.77")
         agents[1].wait_line("interface changed", "198.18.0.77")
         hosts.require_all_reached()
-        require_alive(near, far)
+        talk.require_alive("the change")
 
 
 @pytest.mark.parametrize(
