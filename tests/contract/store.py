@@ -2,7 +2,8 @@
 """What every store must do, whatever keeps it: subclass :class:`StoreContract`, give it a ``place``."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from random import Random
 from typing import Protocol, TypeVar
@@ -104,6 +105,14 @@ def claim(
     )
 
 
+def untimed(records: Mapping[str, Record]) -> dict[str, Record]:
+    """Records without the time that they end at, which a store may keep from those who do not hold them."""
+    return {
+        key: record if record.expires is None else msgspec.structs.replace(record, expires=math.inf)
+        for key, record in records.items()
+    }
+
+
 class Watcher:
     """A consumer of a watch: it keeps what it knows, as an agent does."""
 
@@ -138,6 +147,51 @@ class StoreContract:
 
         run(work)
 
+    def test_watched_network_is_told_now_and_when_it_changes(self, place: Place) -> None:
+        async def work() -> None:
+            async with handles(place, 2) as (one, two):
+                async with aclosing(two.watch_network()) as texts:
+                    assert await anext(texts) is None
+                    for text in (b"{}", b'{"Network": "10.5.0.0/16"}'):
+                        await one.put_network(text)
+                        assert await anext(texts) == text
+                async with aclosing(one.watch_network()) as texts:
+                    assert await anext(texts) == b'{"Network": "10.5.0.0/16"}'
+
+        run(work)
+
+    def test_watched_network_ends_when_its_handle_is_closed(self, place: Place) -> None:
+        async def work() -> None:
+            async with handles(place) as (store,):
+                started = asyncio.Event()
+
+                async def consume() -> list[bytes | None]:
+                    texts = []
+                    async for text in store.watch_network():
+                        started.set()
+                        texts.append(text)
+                    return texts
+
+                async with asyncio.TaskGroup() as tasks:
+                    consumer = tasks.create_task(consume())
+                    await started.wait()
+                    await store.close()
+                assert consumer.result() == [None]
+
+        run(work)
+
+    def test_ends_are_told_when_they_are_asked_for(self, place: Place) -> None:
+        async def work() -> None:
+            async with handles(place, 2, ttl_s=500) as (one, two):
+                held = await one.create(lease("10.5.1.0/24"), holder=holder("a"))
+                reserved = await one.create(lease("10.5.2.0/24"), holder=None, reserve=True)
+                records = (await two.with_ends(await two.snapshot())).records
+                assert held.expires is not None
+                assert records[held.key].expires == pytest.approx(held.expires, abs=5)
+                assert records[reserved.key].is_reservation
+
+        run(work)
+
     def test_create_is_seen_whole_by_another_handle(self, place: Place) -> None:
         async def work() -> None:
             async with handles(place, 2) as (one, two):
@@ -159,7 +213,7 @@ class StoreContract:
                 first = await one.create(lease(), holder=holder("a"))
                 with pytest.raises(Conflict, match=r"10\.5\.34\.0-24"):
                     await two.create(lease(public="192.0.2.2"), holder=holder("b"))
-                assert (await two.snapshot()).records == {first.key: first}
+                assert untimed((await two.snapshot()).records) == untimed({first.key: first})
 
         run(work)
 
@@ -229,7 +283,7 @@ class StoreContract:
                     holder("b"),
                     holder("c"),
                 )
-                assert (await one.snapshot()).records == {new.key: new}
+                assert untimed((await one.snapshot()).records) == untimed({new.key: new})
 
         run(work)
 
@@ -244,7 +298,7 @@ class StoreContract:
                     await one.replace(old)
                 with pytest.raises(Conflict):
                     await one.delete(old)
-                assert (await one.snapshot()).records == {new.key: new}
+                assert untimed((await one.snapshot()).records) == untimed({new.key: new})
 
         run(work)
 
@@ -260,7 +314,7 @@ class StoreContract:
                 again = await store.create(lease(), holder=None)
                 with pytest.raises(Conflict):
                     await store.replace(old)
-                assert (await store.snapshot()).records == {again.key: again}
+                assert untimed((await store.snapshot()).records) == untimed({again.key: again})
 
         run(work)
 
@@ -310,7 +364,7 @@ class StoreContract:
                         msgspec.structs.replace(second, lease=lease("10.5.2.0/24", public="192.0.2.77"))
                     )
                     await one.delete(first)
-                assert watcher.known == {moved.key: moved}
+                assert untimed(watcher.known) == untimed({moved.key: moved})
 
         run(work)
 
@@ -334,7 +388,7 @@ class StoreContract:
                 new = await one.create(lease("10.5.2.0/24"), holder=None)
                 watcher = Watcher(two, start)
                 await watcher.until(lambda w: len(w.known) == 2)
-                assert watcher.known == {back.key: back, new.key: new}
+                assert untimed(watcher.known) == untimed({back.key: back, new.key: new})
                 for event in watcher.seen:
                     assert isinstance(event, Changes)
                     assert not event.removed & event.written.keys()
@@ -399,7 +453,7 @@ class StoreContract:
                 watcher = Watcher(two, await two.snapshot())
                 assert watcher.known.keys() == {kept.key, ended.key}
                 await watcher.until(lambda w: ended.key not in w.known)
-                assert (await one.snapshot()).records == {kept.key: kept}
+                assert untimed((await one.snapshot()).records) == untimed({kept.key: kept})
                 with pytest.raises(Conflict):
                     await one.replace(ended)
                 await two.create(lease("10.5.2.0/24"), holder=holder("b"))
@@ -417,12 +471,12 @@ class StoreContract:
                 place.plant("10.5.78.0-33", b'{"PublicIP":"192.0.2.1","PublicIPv6":null}')
                 place.plant("10.5.79.0-24", b'{"PublicIP":"192.0.2.1","BackendData":' + b"[" * 90_000)
                 snapshot = await store.snapshot()
-                assert snapshot.records == {good.key: good}
+                assert untimed(snapshot.records) == untimed({good.key: good})
                 assert snapshot.malformed.keys() == {"10.5.77.0-24", "10.5.78.0-33", "10.5.79.0-24"}
                 assert "not an address" in snapshot.malformed["10.5.77.0-24"]
                 watcher = Watcher(store, start)
                 await watcher.until(lambda w: any(event.malformed for event in w.seen))
-                assert watcher.known == {good.key: good}
+                assert untimed(watcher.known) == untimed({good.key: good})
 
         run(work)
 
@@ -498,6 +552,6 @@ class StoreContract:
                 held = await acquire(one, claim("dead"), rng=Random(1))
                 record = await acquire(two, claim("heir"), rng=Random(2), answer_s=0.02)
                 assert (record.key, record.holder, record.contender) == (held.key, holder("heir"), None)
-                assert (await one.snapshot()).records == {record.key: record}
+                assert untimed((await one.snapshot()).records) == untimed({record.key: record})
 
         run(work)

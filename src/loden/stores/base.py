@@ -33,7 +33,9 @@ class Record(msgspec.Struct, frozen=True, gc=False):
         key: the lease's key (COMPAT §2.2), without the store's own prefix.
         lease: what the key and the value say.
         revision: of the store when the record was last written; the token of compare-and-swap.
-        expires: on this host's ``CLOCK_BOOTTIME``, in seconds; None for a reservation, which never does.
+        expires: on this host's ``CLOCK_BOOTTIME``, in seconds; None for a reservation, which never does;
+            infinity where the store knows, and would have to be asked (:meth:`Store.with_ends`). A holder's
+            own store always says.
         holder: who wrote it; None where the writer keeps none (flannel nodes, reservations).
         contender: who asks whether the holder still lives; see :mod:`loden.stores.acquire`.
     """
@@ -101,8 +103,20 @@ class Store(Protocol):
         """Write the network configuration. It is not checked here."""
         ...
 
+    def watch_network(self) -> AsyncGenerator[bytes | None, None]:
+        """The network configuration as it is now, then each other that is put in its place, for ever.
+
+        Of several that follow each other fast, only the last is sure to be told. As with :meth:`watch`, it
+        raises rather than retries, and its consumer closes it.
+        """
+        ...
+
     async def snapshot(self) -> Snapshot:
         """Every lease that has not expired, at one revision."""
+        ...
+
+    async def with_ends(self, snapshot: Snapshot) -> Snapshot:
+        """The same with the ends of leases for which the store has to be asked one by one: for people."""
         ...
 
     async def create(self, lease: Lease, *, holder: Holder | None, reserve: bool = False) -> Record:

@@ -5,14 +5,15 @@ Handles of one name share one state, as long as any of them lives.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager, suppress
 from weakref import WeakValueDictionary
 
 import msgspec
 
 from loden.errors import Conflict
 from loden.lease import Lease, encode_value, parse_key
+from loden.stores.access import Access
 from loden.stores.base import Changes, Holder, Record, Snapshot
 from loden.stores.clock import Clock, SystemClock
 from loden.stores.rows import Row, encode_holder, read_rows
@@ -50,9 +51,9 @@ class State:
 _states: WeakValueDictionary[str, State] = WeakValueDictionary()
 
 
-def open_location(location: str, *, ttl_s: float, create: bool) -> "MemoryStore":
+def open_location(location: str, *, ttl_s: float, create: bool, access: Access) -> "MemoryStore":
     """The store of a name; see :class:`loden.stores.Opener`. It is always created."""
-    del create
+    del create, access
     return MemoryStore(location, ttl_s=ttl_s)
 
 
@@ -83,6 +84,21 @@ class MemoryStore:
 
     async def put_network(self, text: bytes) -> None:
         self.state.network = text
+        self.state.moved()
+
+    async def watch_network(self) -> AsyncGenerator[bytes | None, None]:
+        last: bytes | None = b""
+        with self._waking() as wake:
+            while not self._is_closed:
+                wake.clear()
+                if self.state.network != last:
+                    last = self.state.network
+                    yield last
+                    continue
+                await wake.wait()
+
+    async def with_ends(self, snapshot: Snapshot) -> Snapshot:
+        return snapshot
 
     async def snapshot(self) -> Snapshot:
         self._expire()
@@ -114,10 +130,7 @@ class MemoryStore:
         self.state.remove(record.key)
 
     async def watch(self, revision: int) -> AsyncGenerator[Changes | Snapshot, None]:
-        wake = asyncio.Event()
-        self._wakes.add(wake)
-        self.state.wakes.add(wake)
-        try:
+        with self._waking() as wake:
             while not self._is_closed:
                 wake.clear()
                 self._expire()
@@ -129,14 +142,23 @@ class MemoryStore:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(self._wait_s()):
                         await wake.wait()
-        finally:
-            self._wakes.discard(wake)
-            self.state.wakes.discard(wake)
 
     async def close(self) -> None:
         self._is_closed = True
         for wake in self._wakes:
             wake.set()
+
+    @contextmanager
+    def _waking(self) -> Iterator[asyncio.Event]:
+        """An event that is set when the state may have changed, and when this handle is closed."""
+        wake = asyncio.Event()
+        self._wakes.add(wake)
+        self.state.wakes.add(wake)
+        try:
+            yield wake
+        finally:
+            self._wakes.discard(wake)
+            self.state.wakes.discard(wake)
 
     def _end_from_now(self) -> float:
         return self._clock.since_boot_s() + self._ttl_s

@@ -31,6 +31,7 @@ from typing import TypeVar
 from loden.errors import ConfigError
 from loden.lease import Lease
 from loden.stores import sqlite_leases as leases
+from loden.stores.access import Access
 from loden.stores.base import Changes, Holder, Record, Snapshot
 from loden.stores.clock import Clock, SystemClock
 from loden.stores.inotify import FileWatch
@@ -46,12 +47,13 @@ _LOOK_S = 2.0
 _LOOK_UNWOKEN_S = 0.05
 
 
-def open_location(location: str, *, ttl_s: float, create: bool) -> "SqliteStore":
+def open_location(location: str, *, ttl_s: float, create: bool, access: Access) -> "SqliteStore":
     """The store at an absolute path; see :class:`loden.stores.Opener`.
 
     Raises:
         ConfigError: the path is not absolute.
     """
+    del access  # the file system says who may
     if not location.strip("/") or not location.startswith("/"):
         raise ConfigError(
             "store",
@@ -108,6 +110,22 @@ class SqliteStore:
             db.execute("UPDATE state SET network = ?", (text,))
 
         await self._write(write)
+
+    async def watch_network(self) -> AsyncGenerator[bytes | None, None]:
+        last = await self.get_network()
+        yield last
+        with self._waking() as (wake, look_s):
+            while not self._is_closed:
+                wake.clear()
+                if (text := await self.get_network()) != last:
+                    last = text
+                    yield text
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(look_s):
+                        await wake.wait()
+
+    async def with_ends(self, snapshot: Snapshot) -> Snapshot:
+        return snapshot
 
     async def snapshot(self) -> Snapshot:
         def read(db: sqlite3.Connection) -> Snapshot:
