@@ -117,7 +117,7 @@ def _first(group: BaseExceptionGroup[LodenError]) -> LodenError:
 async def _work(options: AgentOptions) -> None:
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(one_agent())
-        store = open_store(options.store)
+        store = open_store(options.store.url, access=options.store.access)
         stack.push_async_callback(store.close)
         agent: Agent | None = None
         if options.healthz_port:

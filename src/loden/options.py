@@ -15,13 +15,27 @@ from loden.errors import ConfigError
 from loden.firewall.rules import FirewallOptions
 from loden.interface import Selection
 from loden.stores import DEFAULT_URL
+from loden.stores.access import Access, Secret
+from loden.stores.etcd.place import DEFAULT_ENDPOINTS, DEFAULT_PREFIX, url_of
+
+
+class StoreOptions(msgspec.Struct, frozen=True):
+    """Where the store is, and who we are there.
+
+    Args:
+        url: of the store.
+        access: what the URL does not say.
+    """
+
+    url: str
+    access: Access = Access()
 
 
 class AgentOptions(msgspec.Struct, frozen=True):
     """What the agent was told.
 
     Args:
-        store: the URL of the store.
+        store: the store, and who we are there.
         selection: which interface and which addresses.
         subnet_file: where subnet.env goes.
         renew_margin_s: how long before its end a lease is renewed, in seconds.
@@ -31,9 +45,10 @@ class AgentOptions(msgspec.Struct, frozen=True):
         firewall: what to masquerade and to forward.
         blackhole_route: whether the own subnet gets a blackhole route.
         manage_sysctls: whether forwarding is switched on, or only reported where it is off.
+        release_on_exit: whether the subnet is given back at the end.
     """
 
-    store: str
+    store: StoreOptions
     selection: Selection
     subnet_file: str
     renew_margin_s: float
@@ -43,6 +58,7 @@ class AgentOptions(msgspec.Struct, frozen=True):
     firewall: FirewallOptions
     blackhole_route: bool
     manage_sysctls: bool
+    release_on_exit: bool
 
 
 class Flag(msgspec.Struct, frozen=True):
@@ -95,8 +111,20 @@ class Flag(msgspec.Struct, frozen=True):
             )
 
 
-FLAGS = (
+#: The flags that say where the store is; commands beside ``loden run`` have them too.
+STORE_FLAGS = (
     Flag("store", "The store of network and leases, as a URL.", default=DEFAULT_URL, metavar="URL"),
+    Flag("etcd-endpoints", "etcd's members, instead of --store; separated by commas.", metavar="URL,..."),
+    Flag("etcd-prefix", "Before every key in etcd, instead of --store.", metavar="PATH"),
+    Flag("etcd-cafile", "Whom to trust with TLS; else those whom the host trusts.", metavar="FILE"),
+    Flag("etcd-certfile", "The certificate that etcd is shown.", metavar="FILE"),
+    Flag("etcd-keyfile", "The certificate's key.", metavar="FILE"),
+    Flag("etcd-username", "The user in etcd.", metavar="NAME"),
+    Flag("etcd-password", "The user's password; rather in the variable LODEN_ETCD_PASSWORD.", metavar="TEXT"),
+)
+
+FLAGS = (
+    *STORE_FLAGS,
     Flag(
         "iface",
         "The interface to use, by name or address; the first that fits of several.",
@@ -158,6 +186,7 @@ FLAGS = (
     ),
     Flag("ip-blackhole-route", "A blackhole route for the own subnet.", "false", "BOOL", is_switch=True),
     Flag("manage-sysctls", "Switch forwarding on.", "true", "BOOL", is_switch=True),
+    Flag("release-on-exit", "Give the subnet back at the end.", "false", "BOOL", is_switch=True),
     Flag("healthz-ip", "The address that answers /healthz and /readyz.", default="0.0.0.0", metavar="IP"),
     Flag("healthz-port", "Its port; 0 for none.", default="0", metavar="PORT", least=0, most=65535),
     Flag("v", "How much goes to the log.", default="0", metavar="LEVEL", least=0, most=10),
@@ -166,8 +195,6 @@ FLAGS = (
 #: Flags of flannel's that this version has not got. They are refused: no host runs otherwise than told.
 NOT_YET = frozenset(
     (
-        *("etcd-endpoints", "etcd-prefix", "etcd-keyfile", "etcd-certfile", "etcd-cafile"),
-        *("etcd-username", "etcd-password"),
         *("kube-subnet-mgr", "kube-api-url", "kubeconfig-file"),
         *("kube-annotation-prefix", "net-config-path", "set-node-network-unavailable"),
         *("vmodule", "log_backtrace_at"),
@@ -220,9 +247,20 @@ def read_environment(environment: Mapping[str, str]) -> tuple[dict[str, tuple[st
         for variable in Flag(name, "").variables:
             if environment.get(variable):
                 raise _not_yet(variable)
+    return _read_variables(environment, FLAGS)
+
+
+def read_store_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """As :func:`read_environment`, for :data:`STORE_FLAGS` alone."""
+    return _read_variables(environment, STORE_FLAGS)[0]
+
+
+def _read_variables(
+    environment: Mapping[str, str], flags: Sequence[Flag]
+) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     ignored = []
-    for flag in FLAGS:
+    for flag in flags:
         for variable in reversed(flag.variables):
             text = environment.get(variable, "")
             try:
@@ -251,7 +289,7 @@ def build(*sources: Mapping[str, Sequence[str]]) -> AgentOptions:
         return _is_true(name, value(name))
 
     return AgentOptions(
-        store=value("store"),
+        store=build_store(*sources),
         selection=Selection(
             iface=values("iface"),
             iface_regex=values("iface-regex"),
@@ -274,7 +312,58 @@ def build(*sources: Mapping[str, Sequence[str]]) -> AgentOptions:
         ),
         blackhole_route=switch("ip-blackhole-route"),
         manage_sysctls=switch("manage-sysctls"),
+        release_on_exit=switch("release-on-exit"),
     )
+
+
+def build_store(*sources: Mapping[str, Sequence[str]]) -> StoreOptions:
+    """Which store, from several sources, the strongest first.
+
+    Any of flannel's etcd flags means etcd, at flannel's own place where nothing else is said.
+
+    Args:
+        sources: valid values by the flag's name.
+
+    Raises:
+        ConfigError: the flags contradict each other.
+    """
+
+    def value(name: str) -> str:
+        return next((source[name][-1] for source in sources if source.get(name)), "")
+
+    url, endpoints, prefix = value("store"), value("etcd-endpoints"), value("etcd-prefix")
+    access = Access(
+        ca_file=value("etcd-cafile"),
+        cert_file=value("etcd-certfile"),
+        key_file=value("etcd-keyfile"),
+        username=value("etcd-username"),
+        password=Secret(value("etcd-password")),
+    )
+    if bool(access.cert_file) != bool(access.key_file):
+        raise ConfigError(
+            "--etcd-certfile, --etcd-keyfile", "only one of them is given", hint="give both or none"
+        )
+    if url and (endpoints or prefix):
+        raise ConfigError(
+            "--store",
+            f"{'--etcd-endpoints' if endpoints else '--etcd-prefix'} names another place",
+            hint="leave one out; FLANNELD_ETCD_ENDPOINTS and FLANNELD_ETCD_PREFIX in the environment count",
+        )
+    if access == Access() and not endpoints and not prefix:
+        return StoreOptions(url or DEFAULT_URL)
+    if not url:
+        url = url_of(endpoints or DEFAULT_ENDPOINTS, prefix or DEFAULT_PREFIX)
+        if url.startswith("etcd:") and (access.ca_file or access.cert_file):
+            raise ConfigError(
+                "--etcd-endpoints", "http:// does not go with certificates", hint="write https://host:2379"
+            )
+    if url.partition("://")[0] not in ("etcd", "etcds"):
+        raise ConfigError(
+            "--store",
+            "it is not in etcd, and an --etcd flag is given",
+            hint="leave that out; the environment counts, FLANNELD_ETCD_CAFILE and its like",
+        )
+    return StoreOptions(url, access)
 
 
 def _is_true(name: str, text: str) -> bool:

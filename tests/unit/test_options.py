@@ -5,7 +5,7 @@ from loden.address import Prefix
 from loden.errors import ConfigError
 from loden.firewall.rules import FirewallOptions
 from loden.interface import Selection
-from loden.options import FLAGS, NOT_YET, build, read_command_line, read_environment
+from loden.options import FLAGS, NOT_YET, StoreOptions, build, read_command_line, read_environment
 
 
 def test_defaults_are_flannels() -> None:
@@ -14,7 +14,7 @@ def test_defaults_are_flannels() -> None:
     assert options.subnet_file == "/run/flannel/subnet.env"
     assert options.renew_margin_s == 3600
     assert (options.healthz_ip, options.healthz_port, options.verbosity) == ("0.0.0.0", 0, 0)
-    assert options.store == "sqlite:////var/lib/loden/loden.db"
+    assert options.store == StoreOptions("sqlite:////var/lib/loden/loden.db")
 
 
 def test_defaults_of_the_firewall_are_flannels() -> None:

@@ -10,19 +10,11 @@ import msgspec
 
 from loden.backend_options import decode_options
 from loden.backends import describe
+from loden.cli._store import opened, store_options
 from loden.errors import ConfigError, LodenError
 from loden.network import Network, Range, check_network
-from loden.stores import DEFAULT_URL, open_store
+from loden.options import StoreOptions
 
-_store_option = click.option(
-    "--store",
-    "url",
-    default=DEFAULT_URL,
-    envvar="LODEN_STORE",
-    show_default=True,
-    metavar="URL",
-    help="The store of network and leases.",
-)
 _file_argument = click.argument("file", type=click.File("rb"))
 
 
@@ -46,42 +38,43 @@ def check(file: BinaryIO, as_json: bool) -> int:
 
 @command.command()
 @_file_argument
-@_store_option
-def put(file: BinaryIO, url: str) -> int:
+@store_options
+def put(file: BinaryIO, store: StoreOptions) -> int:
     """Check the configuration in FILE ("-": standard input) and write it into the store, for all hosts."""
     text = file.read()
     network, errors = check_network(text, describe)
     if network is None:
         report_errors(errors, as_json=False)
         return 1
-    asyncio.run(_put(url, text))
+    asyncio.run(_put(store, text))
     for note in network.notes:
         click.echo(f"note: {note}", err=True)
     return 0
 
 
 @command.command()
-@_store_option
-def get(url: str) -> None:
+@store_options
+def get(store: StoreOptions) -> None:
     """Print the configuration in the store, as it was put there."""
-    text = asyncio.run(_get(url))
+    text = asyncio.run(_get(store))
     if text is None:
         raise LodenError(
-            f"get the network from {url}: there is none", hint="put one there with 'loden config put FILE'"
+            f"get the network from {store.url}: there is none",
+            hint="put one there with 'loden config put FILE'",
         )
     click.echo(text.removesuffix(b"\n"))
 
 
-async def _put(url: str, text: bytes) -> None:
-    store = open_store(url)
+async def _put(where: StoreOptions, text: bytes) -> None:
+    store = opened(where, create=True)
     try:
         await store.put_network(text)
     finally:
         await store.close()
 
 
-async def _get(url: str) -> bytes | None:
-    store = open_store(url, create=False)
+async def _get(where: StoreOptions) -> bytes | None:
+    store = opened(where)
     try:
         return await store.get_network()
     finally:

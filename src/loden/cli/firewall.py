@@ -13,14 +13,16 @@ from loden.cli.run import GoFlags, make_option, read_given
 from loden.errors import ConfigError, LodenError
 from loden.firewall.rules import Purpose, RuleSet, make_rules
 from loden.network import Network, parse_network
-from loden.options import FLAGS, AgentOptions, build, read_environment
+from loden.options import FLAGS, STORE_FLAGS, AgentOptions, StoreOptions, build, read_environment
 from loden.stores import open_store
 from loden.subnet_file import read_previous
 
 _FLAGS = tuple(
     flag
     for flag in FLAGS
-    if flag.name.startswith("ip-masq") or flag.name in ("iptables-forward-rules", "store", "subnet-file")
+    if flag in STORE_FLAGS
+    or flag.name.startswith("ip-masq")
+    or flag.name in ("iptables-forward-rules", "subnet-file")
 )
 _FAMILIES = {"ipv4": Family.IPV4, "ipv6": Family.IPV6}
 _TITLES = {Purpose.MASQUERADE: "masquerade", Purpose.FORWARD: "forward"}
@@ -88,9 +90,9 @@ def _parse_subnets(texts: Sequence[str]) -> dict[Family, Prefix]:
         raise ConfigError("--subnet", str(error), hint="a range such as 10.5.1.0/24") from error
 
 
-def _read_store(url: str) -> bytes:
+def _read_store(where: StoreOptions) -> bytes:
     async def read() -> bytes | None:
-        store = open_store(url, create=False)
+        store = open_store(where.url, access=where.access, create=False)
         try:
             return await store.get_network()
         finally:
@@ -99,7 +101,7 @@ def _read_store(url: str) -> bytes:
     text = asyncio.run(read())
     if text is None:
         raise LodenError(
-            f"get the network from {url}: there is none",
+            f"get the network from {where.url}: there is none",
             hint="put one there with 'loden config put FILE', or give one with --config",
         )
     return text

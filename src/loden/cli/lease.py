@@ -10,14 +10,14 @@ import click
 import msgspec
 
 from loden.address import Family, Prefix, format_address, parse_address
+from loden.cli._store import Command, opened, store_options
 from loden.errors import ConfigError, Conflict, LeaseError
 from loden.lease import Lease, Leg, parse_key
 from loden.network import parse_network
-from loden.stores import DEFAULT_URL, open_store
+from loden.options import StoreOptions
 from loden.stores.base import Record, Snapshot, Store
 
 T = TypeVar("T")
-_Command = Callable[..., None]
 
 Subnets = dict[Family, Prefix]
 
@@ -27,29 +27,17 @@ def command() -> None:
     """Look at leases, reserve and release them."""
 
 
-def _common(function: _Command) -> _Command:
+def _common(function: Command) -> Command:
     """The options that each subcommand has."""
-    for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print JSON for programs."),
-        click.option(
-            "--store",
-            "url",
-            envvar="LODEN_STORE",
-            default=DEFAULT_URL,
-            show_default=True,
-            metavar="URL",
-            help="The store to work on.",
-        ),
-    ):
-        function = option(function)
-    return function
+    as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+    return as_json(store_options(function))
 
 
 @command.command("list")
 @_common
-def list_leases(url: str, *, as_json: bool) -> None:
+def list_leases(*, store: StoreOptions, as_json: bool) -> None:
     """List every lease."""
-    snapshot = _with_store(url, lambda store: store.snapshot())
+    snapshot = _with_store(store, _read)
     if as_json:
         _print_json(
             {
@@ -67,10 +55,10 @@ def list_leases(url: str, *, as_json: bool) -> None:
 @command.command("show")
 @click.argument("subnet")
 @_common
-def show(subnet: str, url: str, *, as_json: bool) -> None:
+def show(subnet: str, *, store: StoreOptions, as_json: bool) -> None:
     """Show the lease of SUBNET, such as 10.5.34.0/24 or 10.5.34.0-24."""
     subnets = _parse_subnets(subnet)
-    record = _with_store(url, lambda store: _find(store, subnets, f"show {subnet}"))
+    record = _with_store(store, lambda it: _find(it, subnets, f"show {subnet}", with_ends=True))
     if as_json:
         _print_json(_facts(record))
         return
@@ -83,11 +71,11 @@ def show(subnet: str, url: str, *, as_json: bool) -> None:
 @click.option("--public-ip", default="", metavar="IP", help="Give it to the host with this IPv4 address.")
 @click.option("--public-ipv6", default="", metavar="IP", help="Give it to the host with this IPv6 address.")
 @_common
-def reserve(subnet: str, public_ip: str, public_ipv6: str, url: str, *, as_json: bool) -> None:
+def reserve(subnet: str, public_ip: str, public_ipv6: str, *, store: StoreOptions, as_json: bool) -> None:
     """Reserve SUBNET without an end, or let the lease that is there never expire."""
     subnets = _parse_subnets(subnet)
     public = _parse_public(public_ip, public_ipv6, subnets)
-    record = _with_store(url, lambda store: _reserve(store, subnets, public), create=True)
+    record = _with_store(store, lambda it: _reserve(it, subnets, public), create=True)
     if as_json:
         _print_json(_facts(record))
     else:
@@ -97,25 +85,25 @@ def reserve(subnet: str, public_ip: str, public_ipv6: str, url: str, *, as_json:
 @command.command("release")
 @click.argument("subnet")
 @_common
-def release(subnet: str, url: str, *, as_json: bool) -> None:
+def release(subnet: str, *, store: StoreOptions, as_json: bool) -> None:
     """Release the lease or reservation of SUBNET. A host that still runs takes another lease."""
     subnets = _parse_subnets(subnet)
 
-    async def do(store: Store) -> Record:
-        record = await _find(store, subnets, f"release {subnet}")
-        await store.delete(record)
+    async def do(it: Store) -> Record:
+        record = await _find(it, subnets, f"release {subnet}", with_ends=True)
+        await it.delete(record)
         return record
 
-    record = _with_store(url, do)
+    record = _with_store(store, do)
     if as_json:
         _print_json(_facts(record))
     else:
         click.echo(f"released {record.lease}")
 
 
-def _with_store(url: str, work: Callable[[Store], Awaitable[T]], *, create: bool = False) -> T:
+def _with_store(where: StoreOptions, work: Callable[[Store], Awaitable[T]], *, create: bool = False) -> T:
     async def run() -> T:
-        store = open_store(url, create=create)
+        store = opened(where, create=create)
         try:
             return await work(store)
         finally:
@@ -154,6 +142,16 @@ def _require_sense(
                 hint="no host would get it; loden config get shows the configuration",
             )
     for record in snapshot.records.values():
+        # Leases of flannel's nodes claim nothing that the store could keep apart itself.
+        if any(
+            leg.subnet.overlaps(subnet) and leg.subnet != subnet
+            for leg in record.lease.legs
+            for subnet in subnets.values()
+        ):
+            raise LeaseError(
+                f"reserve {_names(subnets)}: it overlaps lease {record.key}",
+                hint="release that first, or reserve exactly what is there; see loden lease list",
+            )
         for leg in record.lease.legs:
             same = public.get(leg.subnet.family)
             if same is not None and leg.public == same and leg.subnet != subnets.get(leg.subnet.family):
@@ -171,11 +169,19 @@ def _readdressed(lease: Lease, public: dict[Family, bytes]) -> Lease:
     return Lease.make(legs, lease.backend_type)
 
 
-async def _find(store: Store, subnets: Subnets, doing: str) -> Record:
-    found = _holding(await store.snapshot(), subnets)
+async def _read(store: Store) -> Snapshot:
+    return await store.with_ends(await store.snapshot())
+
+
+async def _find(store: Store, subnets: Subnets, doing: str, *, with_ends: bool = False) -> Record:
+    snapshot = await store.snapshot()
+    found = _holding(snapshot, subnets)
     if found is None:
         raise LeaseError(f"{doing}: no such lease", hint="loden lease list shows those there are")
-    return found
+    if not with_ends:
+        return found
+    alone = msgspec.structs.replace(snapshot, records={found.key: found})
+    return (await store.with_ends(alone)).records[found.key]
 
 
 def _holding(snapshot: Snapshot, subnets: Subnets) -> Record | None:

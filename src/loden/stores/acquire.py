@@ -48,6 +48,7 @@ class Claim(msgspec.Struct, frozen=True):
         port: the UDP port that its lease announces besides, which tells hosts behind one address apart; else
             0.
         previous: the subnets it had, from subnet.env; taken again where they are free and fit.
+        held: the subnets that it holds while it runs. They need not fit: the range may have been moved since.
         holder: this host.
         make: the lease to write, from the subnets it is to have.
     """
@@ -58,6 +59,19 @@ class Claim(msgspec.Struct, frozen=True):
     holder: Holder
     make: Callable[[dict[Family, Prefix]], Lease]
     port: int = 0
+    held: tuple[Prefix, ...] = ()
+
+
+class Acquired(msgspec.Struct, frozen=True):
+    """A lease, and what the store held when it was decided upon.
+
+    Args:
+        record: the lease.
+        seen: a watch from its revision tells everything since, our own lease included.
+    """
+
+    record: Record
+    seen: Snapshot
 
 
 class Create(msgspec.Struct, frozen=True):
@@ -147,7 +161,8 @@ def _fits(lease: Lease, claim: Claim) -> bool:
     wanted = {range_.family: range_ for range_ in claim.ranges}
     subnets = [leg.subnet for leg in lease.legs]
     return len(subnets) == len(wanted) and all(
-        subnet.family in wanted and fits(wanted[subnet.family], subnet) for subnet in subnets
+        subnet.family in wanted and (subnet in claim.held or fits(wanted[subnet.family], subnet))
+        for subnet in subnets
     )
 
 
@@ -189,16 +204,22 @@ async def acquire(store: Store, claim: Claim, *, rng: Random, answer_s: float = 
         DuplicateAddress: a live host holds a lease under one of our addresses. It keeps it.
         StoreUnavailable, StoreUnusable: the store's own failures, or it changes too fast.
     """
+    return (await acquire_seen(store, claim, rng=rng, answer_s=answer_s)).record
+
+
+async def acquire_seen(store: Store, claim: Claim, *, rng: Random, answer_s: float = ANSWER_S) -> Acquired:
+    """As :func:`acquire`, with what was seen on the way: who follows the store need not list it again."""
     for lost in range(_TRIES):
         await asyncio.sleep(rng.uniform(0, _BACKOFF_S * lost))
-        decision = decide(await store.snapshot(), claim, rng)
+        seen = await store.snapshot()
+        decision = decide(seen, claim, rng)
         try:
             record = await _perform(store, claim, decision, answer_s=answer_s)
         except Conflict as conflict:
             _log.debug("acquire.lost_race try=%d reason=%s", lost + 1, conflict)
             continue
         if record is not None:
-            return record
+            return Acquired(record, seen)
     raise StoreUnavailable(
         f"acquire a lease: lost {_TRIES} races in a row",
         hint="many hosts start at once, or one writes all the time; see loden lease list",
@@ -231,20 +252,37 @@ async def _perform(store: Store, claim: Claim, decision: Decision, *, answer_s: 
 
 
 async def _is_alone(store: Store, created: Record, claim: Claim, *, since: int) -> bool:
-    """Whether no other host took a lease under our address between our look and our write; else ours goes.
+    """Whether nobody took our address or our addresses between our look and our write; else ours goes.
 
-    The one that wrote first never sees the other in between, so that exactly one of two gives way, and then
-    finds the other's lease as any newcomer does.
+    Of two hosts under one public address the one that wrote first never sees the other in between, so that
+    exactly one of them gives way, and then finds the other's lease as any newcomer does. A subnet that
+    overlaps ours can only be a flannel node's, as the store keeps the others apart; that never gives way.
     """
     if created.revision == since + 1:
         return True
-    others = (await store.snapshot()).records.values()
-    if not any(
-        other.revision < created.revision and _has_our_address(other.lease, claim) for other in others
-    ):
-        return True
-    await store.delete(created)
-    return False
+    for other in (await _written(store, since=since, until=created.revision)).values():
+        is_first = other.revision < created.revision
+        overlaps = any(
+            leg.subnet.overlaps(own.subnet) for leg in other.lease.legs for own in created.lease.legs
+        )
+        if other.key != created.key and (
+            (is_first and _has_our_address(other.lease, claim))
+            or (overlaps and (is_first or other.holder is None))
+        ):
+            await store.delete(created)
+            return False
+    return True
+
+
+async def _written(store: Store, *, since: int, until: int) -> dict[str, Record]:
+    """What was written after a revision, up to another one that is in the past; by key."""
+    found: dict[str, Record] = {}
+    async with aclosing(store.watch(since)) as events:
+        async for event in events:
+            found.update(event.records if isinstance(event, Snapshot) else event.written)
+            if event.revision >= until:
+                return found
+    raise StoreUnavailable("watch the leases: the store was closed")
 
 
 async def _ask(store: Store, record: Record, claim: Claim, *, answer_s: float) -> Record | None:
