@@ -29,6 +29,8 @@ from loden.firewall.keeper import Firewall
 from loden.firewall.rules import make_rules
 from loden.keeper import Keeper
 from loden.lock import one_agent
+from loden.network import Network
+from loden.network_watch import follow_network
 from loden.options import AgentOptions
 from loden.peers import Peers
 from loden.plan import Plan, make_plan, read_network, require_rights
@@ -37,7 +39,7 @@ from loden.retry import Backoff, Trouble, until_done
 from loden.status.health import serve_health
 from loden.status.systemd import notify
 from loden.stores import open_store
-from loden.stores.acquire import Claim, acquire
+from loden.stores.acquire import Acquired, Claim, acquire_seen
 from loden.stores.base import Changes, Record, Snapshot, Store
 from loden.subnet_file import read_previous, render, write_atomic
 from loden.tables import netlink
@@ -66,6 +68,7 @@ _HOST_KINDS = frozenset(
 _HOST_DEBOUNCE_S = 0.2
 #: What a person mends is tried again so often.
 _PATIENCE_S = 5.0
+_RELEASE_S = 5.0
 # Owners of wanted entries, beside the keys of leases.
 _OWN, _HOST = "own lease", "own host"
 
@@ -98,7 +101,8 @@ async def _main(options: AgentOptions) -> int:
     try:
         await _work(options)
     except asyncio.CancelledError:
-        log.info("stopped: routes and devices stay, and so does the lease")
+        stays = "routes and devices stay, and so does the lease"
+        log.info("stopped%s", "" if options.release_on_exit else f": {stays}")
     except BaseExceptionGroup as group:
         ours, bugs = group.split(LodenError)
         if bugs is not None or ours is None:
@@ -127,24 +131,25 @@ async def _work(options: AgentOptions) -> None:
         requests = Netlink()
         stack.callback(requests.close)
         previous = tuple(read_previous(options.subnet_file).subnets.values())
-        plan, record = await until_done(
+        plan, acquired = await until_done(
             Trouble(log, "starting"), lambda: _begin(options, store, requests, previous), most_s=_PATIENCE_S
         )
         log.info("interface %s: %s", plan.host.underlay.name, plan.host.underlay.reason)
         for note in plan.notes:
             log.warning("network configuration: %s", note)
-        agent = Agent(options, store, plan, record, stack)
+        agent = Agent(options, store, plan, acquired, stack)
+        del acquired  # what was seen of twenty thousand leases is known elsewhere from here on
         await agent.run()
 
 
 async def _begin(
     options: AgentOptions, store: Store, requests: Netlink, previous: Sequence[Prefix]
-) -> tuple[Plan, Record]:
+) -> tuple[Plan, Acquired]:
     """Plan, and take a lease. Each try begins with the plan: it may be what was mended."""
     try:
         await require_rights(requests)
         plan = await make_plan(options.selection, await read_network(store), requests)
-        return plan, await acquire(store, plan.claim(previous), rng=random.Random())
+        return plan, await acquire_seen(store, plan.claim(previous), rng=random.Random())
     except LodenError as error:
         notify(STATUS=f"waiting: {error}")
         raise
@@ -157,17 +162,18 @@ class Agent:
         options: what the command line said.
         store: opened.
         plan: what was read, chosen and made.
-        record: the lease.
+        acquired: the lease, and what was seen when it was taken.
         stack: closes what the agent opens.
     """
 
     def __init__(
-        self, options: AgentOptions, store: Store, plan: Plan, record: Record, stack: AsyncExitStack
+        self, options: AgentOptions, store: Store, plan: Plan, acquired: Acquired, stack: AsyncExitStack
     ) -> None:
         self._store = store
         self._plan = plan
         self._options = options
-        self._keeper = Keeper(store, record, self._claim, margin_s=options.renew_margin_s)
+        self._seen: Snapshot | None = acquired.seen
+        self._keeper = Keeper(store, acquired.record, self._claim, margin_s=options.renew_margin_s)
         # A socket for each task that asks: answers may not mix.
         lookups, requests = Netlink(), Netlink()
         self._questions = Netlink()
@@ -212,12 +218,42 @@ class Agent:
 
     async def run(self) -> None:
         """Make the lease stand, reach the peers, and keep everything as it should be, for ever."""
+        try:
+            await self._run()
+        except asyncio.CancelledError:
+            if self._options.release_on_exit:
+                await self._release()
+            raise
+
+    async def _release(self) -> None:
+        """Give the subnet back: first act as its owner no more, then say so to everybody."""
+        record = self._keeper.record
+        if record.is_reservation or not self._keeper.is_held:
+            reason = "it is reserved" if record.is_reservation else "it is not ours"
+            log.info("lease stays subnet=%s: %s", record.lease, reason)
+            return
+        self._let_go()
+        try:
+            async with asyncio.timeout(_RELEASE_S):
+                await self._reconciler.settle()
+                await self._store.delete(record)
+        except LodenError as error:
+            log.error("lease not released subnet=%s: %s", record.lease, error)
+        except TimeoutError:
+            log.error("lease not released subnet=%s: the store is silent", record.lease)
+        else:
+            log.info("lease released subnet=%s", record.lease)
+
+    async def _run(self) -> None:
+        network = self._plan.host.network
         self._stand(self._keeper.record)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._publish(), name="subnet file")
             group.create_task(self._firewall.run(), name="firewall")
             group.create_task(self._keeper.keep(self._stand), name="own lease")
+            group.create_task(self._keeper.guard(self._let_go), name="own lease's end")
             group.create_task(self._follow_leases(), name="leases")
+            group.create_task(follow_network(self._store, network, self._use_network), name="network")
             group.create_task(self._follow_kernel(), name="kernel")
             group.create_task(self._reconcile(), name="reconcile")
             group.create_task(self._follow_host(), name="host")
@@ -237,14 +273,25 @@ class Agent:
         ]
         self._reconciler.want(_OWN, own)
         self._reconciler.want(_HOST, self._host_entries(own, subnets))
-        self._firewall.want(
-            make_rules(
-                self._options.firewall, plan.host.network, {subnet.family: subnet for subnet in subnets}
-            )
-        )
+        self._want_rules(record)
         self._peers.set_own(record)
         self._is_published = False
         self._own_changed.set()
+
+    def _want_rules(self, record: Record) -> None:
+        subnets = {leg.subnet.family: leg.subnet for leg in record.lease.legs}
+        self._firewall.want(make_rules(self._options.firewall, self._plan.host.network, subnets))
+
+    def _let_go(self) -> None:
+        """Act as no subnet's owner: want nothing that sends to the network or answers for it.
+
+        subnet.env and the firewall's rules stay: they carry no packet.
+        """
+        self._is_published = False
+        self._reconciler.want(_OWN, ())
+        self._reconciler.want(_HOST, self._host_entries((), ()))
+        self._peers.suspend()
+        notify(STATUS=self._status())
 
     def _host_entries(self, own: Sequence[Entry], subnets: Sequence[Prefix]) -> list[Entry]:
         """What serves the fabric and must not hold it up where it does not work."""
@@ -284,22 +331,33 @@ class Agent:
         log.info("lease subnet=%s mtu=%d file=%s", lease, mtu, path)
 
     async def _follow_leases(self) -> None:
-        """Take what the store holds, then what changes; after any failure the same again."""
+        """Take what was seen when we took our lease, then what changes; after a failure, from there on."""
         trouble = Trouble(log, "watching the leases")
         backoff = Backoff(most_s=_PATIENCE_S)
+        assert self._seen is not None
+        revision = self._seen.revision
+        self._take(self._seen)
+        self._seen = None
+        self._knows_leases.set()
         while True:
             try:
-                snapshot = await self._store.snapshot()
-                trouble.ended()
-                self._take(snapshot)
-                self._knows_leases.set()
-                async with aclosing(self._store.watch(snapshot.revision)) as events:
+                if trouble.is_on:
+                    await self._store.get_network()  # a watch that works may say nothing for hours
+                    trouble.ended()
+                async with aclosing(self._store.watch(revision)) as events:
                     async for news in events:
                         backoff.reset()
+                        revision = news.revision
                         self._take(news)
             except StoreError as error:
                 trouble.happened(error)
                 await asyncio.sleep(backoff.next_s())
+
+    def _use_network(self, network: Network) -> None:
+        """Live by a configuration that differs from ours in what may differ."""
+        self._plan = self._plan.with_network(network)
+        if not self._keeper.has_let_go:
+            self._want_rules(self._keeper.record)
 
     def _take(self, news: Changes | Snapshot) -> None:
         self._keeper.hear(news)
@@ -365,7 +423,8 @@ class Agent:
             return
         self._plan = plan
         self._peers.use(plan)
-        self._stand(self._keeper.record)
+        if not self._keeper.has_let_go:
+            self._stand(self._keeper.record)
         if changes:
             log.warning(
                 "interface changed: %s; the lease is written again, the subnet stays", "; ".join(changes)
@@ -384,7 +443,8 @@ class Agent:
 
     def _status(self) -> str:
         failing = self._reconciler.statistics.failing
-        return f"{self._keeper.record.lease}, {self._peers}, {failing} failing"
+        let_go = " let go" if self._keeper.has_let_go else ""
+        return f"{self._keeper.record.lease}{let_go}, {self._peers}, {failing} failing"
 
 
 def kernel_tables(backend_type: str, networks: Sequence[Prefix], kernel: Kernel) -> list[Table[Any]]:

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps this host's lease: renews it, answers for it, and takes another when it is lost.
+"""Keeps this host's lease: renews it, answers for it, takes another when it is lost, and says when to let go.
 
 What is to be done follows from what is known, not from what happened: a step that fails leaves its reason in
 place, and the next try finds it there. The store may be away for hours meanwhile.
+
+A host acts as a subnet's owner only as long as nobody else can be: until a little before its lease's end, by
+its own clock, whether or not the store answers; and not a moment longer once somebody else has the subnet.
 """
 
 import asyncio
 import logging
+import math
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import msgspec
 
@@ -24,11 +29,19 @@ log = logging.getLogger(__name__)
 #: No sleep is longer: the loop's clock stands still while the machine is suspended, the lease's does not.
 _LONGEST_SLEEP_S = 60.0
 
+#: So long before its end, at most, a lease is no reason any more to act as its owner. In a day, clocks come
+#: apart by some seconds, and the kernel's tables take one.
+_SAFETY_S = 30.0
+_TICK_S = 5.0
+
 #: What this host asks for, given the subnets that it had.
 MakeClaim = Callable[[Sequence[Prefix]], Claim]
 
 #: Told of each lease that was taken in the place of a lost one. Does not block.
 Taken = Callable[[Record], None]
+
+#: Told that this host owns nothing for now. Does not block.
+LetGo = Callable[[], None]
 
 
 class _News(msgspec.Struct, frozen=True):
@@ -59,8 +72,12 @@ class Keeper:
         self._claim = claim
         # A margin that leaves no time between two renewals would make them one endless write.
         self._margin_s = min(margin_s, store.ttl_s / 2)
+        self._safety_s = min(_SAFETY_S, store.ttl_s / 10)
         self._clock = clock or SystemClock()
         self._is_lost = False
+        self._is_usurped = False
+        self._has_let_go = False
+        self._judged = asyncio.Event()
         self._is_outdated = False
         self._news: _News | None = None
         self._heard = asyncio.Event()
@@ -74,8 +91,18 @@ class Keeper:
     @property
     def is_held(self) -> bool:
         """Whether the lease is ours: not lost, and its time not over, whatever the store is doing."""
+        return not self._is_lost and self._left_s > 0
+
+    @property
+    def has_let_go(self) -> bool:
+        """Whether this host may not act as the owner of any subnet for now."""
+        return self._has_let_go
+
+    @property
+    def _left_s(self) -> float:
+        """How long this host may act as the lease's owner, as far as time goes."""
         expires = self._record.expires
-        return not self._is_lost and (expires is None or self._clock.since_boot_s() < expires)
+        return math.inf if expires is None else expires - self._safety_s - self._clock.since_boot_s()
 
     def hear(self, news: Changes | Snapshot) -> None:
         """Take note of what a watch says, where it says anything of our key. Does not block.
@@ -104,12 +131,52 @@ class Keeper:
         while True:
             try:
                 await self._step(taken)
+                self._hold_again(taken)
             except LodenError as error:
+                if self._is_lost:
+                    self._usurped()  # nobody is known to have the subnet, and everybody may take it
                 trouble.happened(error)
                 await self._wait(backoff.next_s())  # news of our lease mean that the store is back
             else:
                 trouble.ended()
                 backoff.reset()
+
+    async def guard(self, let_go: LetGo) -> None:
+        """Say when this host may not act as its subnet's owner any more, for ever, without asking the store.
+
+        :meth:`keep` says when it may again.
+
+        Args:
+            let_go: told so.
+        """
+        while True:
+            self._judged.clear()
+            if not self._has_let_go and (self._is_usurped or self._left_s <= 0):
+                self._has_let_go = True
+                log.error(
+                    "lease let go subnet=%s: %s; this host neither sends to the network nor answers for the "
+                    "subnet until it holds a lease again",
+                    self._record.lease,
+                    "it is not ours any more"
+                    if self._is_usurped
+                    else "it could not be renewed before its end",
+                )
+                let_go()
+            # The loop's clock stands still while the machine is suspended, and the lease's does not.
+            left_s = _TICK_S if self._has_let_go else min(max(self._left_s, 0.0), _TICK_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left_s):
+                    await self._judged.wait()
+
+    def _hold_again(self, taken: Taken) -> None:
+        if self._has_let_go and self.is_held:
+            self._has_let_go = False
+            log.warning("lease held again subnet=%s", self._record.lease)
+            taken(self._record)
+
+    def _usurped(self) -> None:
+        self._is_usurped = True
+        self._judged.set()
 
     async def _step(self, taken: Taken) -> None:
         """Do the one thing that is to be done; wait where there is none."""
@@ -157,7 +224,11 @@ class Keeper:
         if found is None or found.lease != held.lease or _id(found) != _id(held):
             self._is_lost = True
             log.error("lease lost subnet=%s: %s", held.lease, self._how_lost(found))
+            if found is not None and _id(found) != _id(held):
+                self._usurped()
             return
+        if found.expires == math.inf:  # somebody wrote it as it was; when that ends, only the store knows
+            found = msgspec.structs.replace(found, expires=held.expires)
         self._record = found  # renewed, made a reservation by a person, or asked for by another host
         self._name_contender(found)
 
@@ -186,12 +257,15 @@ class Keeper:
         subnets = [leg.subnet for leg in held.lease.legs]
         was_lost = self._is_lost
         self._is_outdated = False  # it may be set again while the store works
+        claim = self._claim(subnets)
+        if not was_lost:
+            claim = msgspec.structs.replace(claim, held=tuple(subnets))
         try:
-            self._record = await acquire(self._store, self._claim(subnets), rng=random.Random())
+            self._record = await acquire(self._store, claim, rng=random.Random())
         except LodenError:
             self._is_outdated = True
             raise
-        self._is_lost = False
+        self._is_lost = self._is_usurped = self._has_let_go = False
         if [leg.subnet for leg in self._record.lease.legs] == subnets:  # whatever the keys are written like
             log.info("lease %s again subnet=%s", "taken" if was_lost else "written", self._record.lease)
         else:

@@ -39,6 +39,7 @@ class Peers:
         self._records: dict[str, Record] = {}
         self._malformed: dict[str, str] = {}
         self._refused: dict[str, str] = {}
+        self._is_suspended = False
 
     def __str__(self) -> str:
         peers = len(self._records) - (self._own is not None and self._own.key in self._records)
@@ -47,6 +48,12 @@ class Peers:
     def set_own(self, record: Record) -> None:
         """Say which lease is our own: it is no peer's, and no peer's may overlap it."""
         self._own = record
+        self._is_suspended = False
+        self.program()
+
+    def suspend(self) -> None:
+        """Want nothing of any peer until :meth:`set_own` says which lease is our own."""
+        self._is_suspended = True
         self.program()
 
     def use(self, plan: Plan) -> None:
@@ -110,6 +117,8 @@ class Peers:
 
     def _legs(self, record: Record) -> Iterable[Leg]:
         own, lease = self._own, record.lease
+        if self._is_suspended:
+            return ()
         # Peers of another backend are served by nobody (COMPAT §2.3), also where they were of ours (W12).
         if lease.backend_type != self._plan.lease_type or (own is not None and record.key == own.key):
             return ()

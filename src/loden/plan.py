@@ -79,6 +79,10 @@ class Plan(msgspec.Struct, frozen=True):
         )
         return next(map(public_port, legs), 0)
 
+    def with_network(self, network: Network) -> "Plan":
+        """The same for a network that differs from ours in what may differ (:func:`running_network`)."""
+        return msgspec.structs.replace(self, host=msgspec.structs.replace(self.host, network=network))
+
     def _lease(self, subnets: dict[Family, Prefix]) -> Lease:
         legs = {
             family: Leg(subnet, self.host.underlay.public[family], self.backends[family].data(family))

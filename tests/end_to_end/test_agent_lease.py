@@ -127,6 +127,9 @@ def test_lost_lease_is_kept_looking_for_while_the_range_is_full(make_hosts: Make
     agent.process.send_signal(signal.SIGCONT)
     agent.wait_line("ERROR", "lease lost")
     agent.wait_line("ERROR", "keeping the lease fails", "10.5.0.0/24")
+    agent.wait_line("ERROR", f"lease let go subnet={was.lease}: it is not ours")
+    wait_until("nothing is sent to the network", lambda: one.state() == ([], [], []))
+    assert "flannel.1" not in one.ip("-o link")
     assert one.subnet == str(was.lease)
     ours = next(record for record in taken if str(record.lease) == str(was.lease))
 
@@ -135,8 +138,28 @@ def test_lost_lease_is_kept_looking_for_while_the_range_is_full(make_hosts: Make
 
     hosts.with_store(give_back)
     agent.wait_line("lease taken again")
-    assert len(agent.lines("ERROR")) == 2
+    assert len(agent.lines("ERROR")) == 3
     hosts.require_all_reached()
+
+
+def test_subnet_is_let_go_before_its_lease_ends_and_held_again_after(make_hosts: MakeHosts) -> None:
+    """The store is away for too long, and nobody can say to whom the subnet belongs then."""
+    hosts = make_hosts(count=2, ttl_s=3.0)
+    one, two = hosts
+    agents = hosts.up()
+    subnets = {host.name: host.subnet for host in hosts}
+    with hosts.locked_store():
+        for agent in agents:
+            agent.wait_line("ERROR", "lease let go", "it could not be renewed before its end")
+        for host in hosts:
+            wait_until("nothing is sent", lambda host=host: host.state() == ([], [], []))  # type: ignore[misc]
+            assert "flannel.1" not in host.ip("-o link")
+            assert host.subnet == subnets[host.name]
+    for agent in agents:
+        agent.wait_line("loden.keeper: lease", " again subnet=")
+    wait_until("they are back", lambda: all(host.routes() for host in hosts))
+    assert {host.name: host.subnet for host in hosts} == subnets
+    hosts.require_all_reached(one, two)
 
 
 def test_short_lease_survives_without_gap(make_hosts: MakeHosts) -> None:

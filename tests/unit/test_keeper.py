@@ -3,6 +3,7 @@
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from random import Random
@@ -56,6 +57,7 @@ class World:
         self.clock = LoopClock()
         self.store = Failing("keeper", ttl_s=DAY_S, clock=self.clock)
         self.taken: list[Record] = []
+        self.let_go_s: list[float] = []
         self.range = range_
         self.margin_s = margin_s
         self.hears = True
@@ -70,6 +72,18 @@ class World:
             holder=holder,
             make=lambda subnets: Lease.make({f: Leg(s, address) for f, s in subnets.items()}, "host-gw"),
         )
+
+    @asynccontextmanager
+    async def guarded(self) -> AsyncIterator[Keeper]:
+        """A keeper whose end is watched; it looks every few seconds, so that days take a while."""
+
+        def let_go() -> None:
+            self.let_go_s.append(self.clock.since_boot_s())
+
+        async with self.running() as keeper, asyncio.TaskGroup() as group:
+            guard = group.create_task(keeper.guard(let_go))
+            yield keeper
+            guard.cancel()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Keeper]:
@@ -476,5 +490,145 @@ def test_same_subnet_under_another_key_is_no_change(caplog: pytest.LogCaptureFix
             assert str(keeper.record.lease) == "10.5.9.0/24"
             assert keeper.record.key == "10.5.9.0-24"
         assert not [error for error in errors(caplog) if "subnet changed" in error]
+
+    in_world(test)
+
+
+def test_host_lets_go_before_its_lease_ends_and_takes_it_again(caplog: pytest.LogCaptureFixture) -> None:
+    """A holder that cannot renew acts as the owner no more, before somebody else may be it."""
+
+    async def test(world: World) -> None:
+        async with world.guarded() as keeper:
+            before = keeper.record
+            assert before.expires is not None
+            world.store.error = StoreUnavailable("use store: it is away")
+            await asyncio.sleep(before.expires - world.clock.since_boot_s() - 60)
+            assert not world.let_go_s
+            assert keeper.is_held
+            await asyncio.sleep(60)
+            (at_s,) = world.let_go_s
+            assert before.expires - 30 <= at_s <= before.expires - 25
+            assert keeper.has_let_go
+            assert not keeper.is_held
+            await asyncio.sleep(HOUR_S)
+            assert len(world.let_go_s) == 1
+            assert not world.taken
+            world.store.error = None
+            await asyncio.sleep(60)
+            assert [record.key for record in world.taken] == [before.key]
+            assert keeper.is_held
+            assert not keeper.has_let_go
+
+    in_world(test)
+    assert sum("lease let go" in error for error in errors(caplog)) == 1
+
+
+def test_lease_renewed_after_it_was_let_go_is_held_again(caplog: pytest.LogCaptureFixture) -> None:
+    """The store is back before the lease has ended: it still is ours."""
+
+    async def test(world: World) -> None:
+        async with world.guarded() as keeper:
+            before = keeper.record
+            assert before.expires is not None
+            world.store.error = StoreUnavailable("use store: it is away")
+            await asyncio.sleep(before.expires - world.clock.since_boot_s() - 28)
+            assert keeper.has_let_go
+            world.store.error = None
+            keeper.hear(Changes(before.revision, {before.key: before}))  # as any news of it would
+            await asyncio.sleep(1)
+            assert keeper.is_held
+            assert not keeper.has_let_go
+            assert [record.key for record in world.taken] == [before.key]
+
+    in_world(test)
+    assert "lease held again" in caplog.text
+
+
+def test_lease_that_another_took_is_let_go_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(world: World) -> None:
+        async with world.guarded() as keeper:
+            before = keeper.record
+            taken = await world.store.replace(msgspec.structs.replace(before, holder=OTHER))
+            await asyncio.sleep(0.5)
+            assert taken.holder == OTHER
+            (at_s,) = world.let_go_s
+            assert at_s < 0.5
+
+    in_world(test, NARROW)
+    assert "lease let go" in caplog.text
+
+
+def test_lease_that_was_released_is_not_let_go(caplog: pytest.LogCaptureFixture) -> None:
+    """It is taken again in the same breath; withdrawing everything would only lose packets."""
+
+    async def test(world: World) -> None:
+        async with world.guarded() as keeper:
+            await world.store.delete(keeper.record)
+            await asyncio.sleep(10)
+            assert keeper.is_held
+
+    in_world(test)
+    assert "lease let go" not in caplog.text
+
+
+def test_lost_lease_that_cannot_be_taken_again_is_let_go(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(world: World) -> None:
+        async with world.guarded() as keeper:
+            world.store.error = StoreUnavailable("use store: it is away")
+            await world.store.delete(keeper.record)
+            await asyncio.sleep(1)
+            assert world.let_go_s
+            world.store.error = None
+            await asyncio.sleep(60)
+            assert keeper.is_held
+
+    in_world(test)
+
+
+def test_reservation_is_never_let_go() -> None:
+    async def test(world: World) -> None:
+        async with world.guarded() as keeper:
+            await world.store.replace(msgspec.structs.replace(keeper.record, expires=None))
+            await asyncio.sleep(1)
+            world.store.error = StoreUnavailable("use store: it is away")
+            await asyncio.sleep(2 * DAY_S)
+            assert keeper.is_held
+        assert not world.let_go_s
+
+    in_world(test)
+
+
+def test_end_that_only_the_store_knows_leaves_ours_standing() -> None:
+    """Somebody else wrote our lease as it was, under an etcd lease of their own."""
+
+    async def test(world: World) -> None:
+        world.hears = False
+        async with world.running() as keeper:
+            before = keeper.record
+            again = msgspec.structs.replace(before, revision=before.revision + 1, expires=math.inf)
+            keeper.hear(Changes(again.revision, {again.key: again}))
+            await asyncio.sleep(1)
+            assert keeper.record.revision == again.revision
+            assert keeper.record.expires == before.expires
+
+    in_world(test)
+
+
+def test_range_that_was_moved_leaves_a_running_lease_where_it_is() -> None:
+    """It is written again, for another address, though new leases come from elsewhere now."""
+
+    async def test(world: World) -> None:
+        async with world.running() as keeper:
+            before = keeper.record
+            last = Prefix.parse("10.5.255.0/24")
+            world.range = Range(NETWORK, 24, last, last)
+            world.last = 7
+            keeper.publish_again()
+            await asyncio.sleep(1)
+            assert keeper.record.key == before.key != "10.5.255.0-24"
+            assert keeper.record.lease != before.lease
+            await world.store.delete(keeper.record)
+            await asyncio.sleep(1)
+            assert keeper.record.key == "10.5.255.0-24"
 
     in_world(test)

@@ -16,7 +16,7 @@ SOURCE = Path("src/loden")
 LAYERS = (
     ("cli",),
     ("lab",),
-    ("agent", "cleanup", "keeper", "lock", "options", "peers", "plan", "reconcile"),
+    ("agent", "cleanup", "keeper", "lock", "network_watch", "options", "peers", "plan", "reconcile"),
     ("stores", "backends", "firewall", "status"),
     ("retry", "tables"),
     ("", "address", "backend_options", "errors", "interface", "lease", "members", "network", "subnet_file"),
