@@ -100,7 +100,7 @@ class Peers:
         """What a lease asks for; a family that cannot be served is said once and leaves the other alone."""
         key = record.key
         entries: list[Entry] = []
-        refusals: list[str] = []
+        refusals = [] if self._is_suspended else self._remarks(record)
         for leg in self._legs(record):
             try:
                 entries += self._entries(leg, hops)
@@ -114,6 +114,19 @@ class Peers:
         elif self._refused.pop(key, None):
             log.info("peer no longer refused lease=%s", key)
         return entries
+
+    def _remarks(self, record: Record) -> list[str]:
+        """What of a lease is nothing for this host: another backend, another family (COMPAT W5)."""
+        lease = record.lease
+        if self._own is not None and record.key == self._own.key:
+            return []
+        if lease.backend_type != self._backend.lease_type:
+            return [f"its backend is {lease.backend_type!r}, ours is {self._backend.lease_type!r}"]
+        return [
+            f"{leg.subnet}: this network has no {leg.subnet.family}"
+            for leg in lease.legs
+            if leg.subnet.family not in self._families
+        ]
 
     def _legs(self, record: Record) -> Iterable[Leg]:
         own, lease = self._own, record.lease

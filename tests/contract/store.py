@@ -37,11 +37,11 @@ class Place(Protocol):
         ...
 
 
-def run(work: Callable[[], Awaitable[T]]) -> T:
+def run(work: Callable[[], Awaitable[T]], *, most_s: float = PATIENCE_S) -> T:
     """Run a test's coroutine in an event loop of its own, and fail rather than hang."""
 
     async def bounded() -> T:
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(most_s):
             return await work()
 
     return asyncio.run(bounded())

@@ -147,9 +147,18 @@ class Cluster:
         scheme = "etcds" if self.scheme == "https" else "etcd"
         return f"{scheme}://{self.endpoints}{prefix}" + (f"?ttl={ttl_s}" if ttl_s else "")
 
-    def ctl(self, *words: str, text: str | None = None, flags: Sequence[str] = ()) -> str:
-        """What ``etcdctl`` says: somebody else's view of the same keys."""
-        urls = ",".join(f"{self.scheme}://{member.client}" for member in self.members)
+    def ctl(
+        self, *words: str, text: str | None = None, at: Member | None = None, flags: Sequence[str] = ()
+    ) -> str:
+        """What ``etcdctl`` says: somebody else's view of the same keys.
+
+        Args:
+            words: the command.
+            text: its standard input.
+            at: whom to ask; any member otherwise.
+            flags: more of them.
+        """
+        urls = ",".join(f"{self.scheme}://{member.client}" for member in ([at] if at else self.members))
         environment = {key: value for key, value in os.environ.items() if not key.startswith("ETCD")}
         done = subprocess.run(
             ["etcdctl", "--endpoints", urls, *flags, *words],
@@ -171,9 +180,7 @@ class Cluster:
                 if member.process is None or member.process.poll() is not None:
                     continue
                 with contextlib.suppress(AssertionError, KeyError, IndexError):
-                    found = json.loads(
-                        self.ctl("endpoint", "status", "-w", "json", flags=("--endpoints", member.client))
-                    )[0]["Status"]
+                    found = json.loads(self.ctl("endpoint", "status", "-w", "json", at=member))[0]["Status"]
                     if found["leader"] and found["leader"] == found["header"]["member_id"]:
                         return member
             return None

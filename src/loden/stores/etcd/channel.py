@@ -431,8 +431,10 @@ def _tls_words(error: ssl.SSLError) -> str:
 
 def _words(error: Exception) -> str:
     """The system's own words; asyncio puts its own before them."""
-    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
-        return _tls_words(error) if isinstance(error, ssl.SSLError) else os.strerror(error.errno)
+    if isinstance(error, ssl.SSLError):
+        return _tls_words(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)  # below 0: names
     return str(error) or type(error).__name__
 
 

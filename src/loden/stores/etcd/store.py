@@ -79,7 +79,7 @@ class EtcdStore:
         self._held: dict[str, _Held] = {}
         #: Granted, and not used, as somebody else was faster.
         self._spares: list[int] = []
-        #: Granted for a write whose answer got lost.
+        #: Those that a write was about whose answer got lost.
         self._unsure: set[int] = set()
 
     @property
@@ -163,9 +163,9 @@ class EtcdStore:
         granted = 0 if reserve else await self._grant()
         compare = [*self._absent(key), *claims.unclaimed(self._keys.claims, lease)]
         puts, looks = self._puts(record, granted), self._looks(lease)
-        answer = await self._write(compare, puts, looks, granted=granted)
+        answer = await self._write(compare, puts, looks, unsure=(granted,))
         if not answer.succeeded and await self._clear_stale_claims(lease, answer):
-            answer = await self._write(compare, puts, looks, granted=granted)
+            answer = await self._write(compare, puts, looks, unsure=(granted,))
         if not answer.succeeded:
             self._keep_spare(granted)
             raise Conflict(f"create lease {key}: {self._who_has(lease, answer)}")
@@ -184,11 +184,12 @@ class EtcdStore:
         stays = found.lease == 0 or not extend
         granted = 0 if stays or record.expires is None else await self._grant()
         lease_id = 0 if record.expires is None else granted or found.lease
+        self._held.pop(record.key, None)
         try:
             answer = await self._write(
                 [messages.equal(Target.MODIFIED, found.key, found.modified)],
                 self._puts(record, lease_id),
-                granted=granted,
+                unsure=(granted, found.lease),
             )
         except LeaseGone as error:
             raise _conflict("replace", record.key) from error
@@ -316,14 +317,21 @@ class EtcdStore:
         return messages.read_answer(await self._client.call(messages.TXN, request))
 
     async def _write(
-        self, compare: Iterable[bytes], puts: Iterable[bytes], looks: Iterable[bytes] = (), *, granted: int
+        self,
+        compare: Iterable[bytes],
+        puts: Iterable[bytes],
+        looks: Iterable[bytes] = (),
+        *,
+        unsure: Iterable[int],
     ) -> Answer:
-        """A transaction with a new etcd lease, which stays until it is known whether it is in use."""
+        """A transaction that moves keys from one etcd lease to another.
+
+        Where its answer gets lost, both stay until it is known which of them is in use.
+        """
         try:
             return await self._txn(compare, puts, looks)
         except StoreUnavailable:
-            if granted:
-                self._unsure.add(granted)
+            self._unsure.update(number for number in unsure if number)
             raise
 
     def _wrote(self, record: Record, lease_id: int, answer: Answer, *, end: float | None = None) -> Record:
