@@ -22,7 +22,7 @@ from tests.stores.history import History
 class Relay:
     """A wire to an etcd that can be cut: what is sent stays on it, and nobody is told."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: str) -> None:
         self._target = (host, port)
         self._server: asyncio.Server | None = None
         self._writers: list[asyncio.StreamWriter] = []

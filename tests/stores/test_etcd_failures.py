@@ -3,6 +3,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
@@ -14,6 +15,8 @@ from loden.errors import Conflict, StoreError, StoreUnavailable
 from loden.stores import open_store
 from loden.stores.base import Changes, Snapshot, Store
 from loden.stores.changes import difference
+from loden.stores.etcd.messages import Grant
+from loden.stores.etcd.store import EtcdStore
 from tests.contract.store import holder, ipv4_range, lease, run, untimed
 from tests.stores.etcd_cluster import Cluster, needs_etcd
 from tests.stores.history import History, violations
@@ -340,8 +343,7 @@ def test_partitioned_host_lets_go_before_another_gets_its_subnet(alone: Cluster)
 
     async def work() -> None:
         history, narrow = History(), ipv4_range(1)
-        host, _, port = alone.members[0].client.partition(":")
-        relay = Relay(host, int(port))
+        relay = Relay(*alone.members[0].client.split(":"))
         async with relay.running() as through:
             url = f"etcd://{through}/coreos.com/network?ttl=3"
             async with opened(url, alone.url(ttl_s=3)) as (cut_off, other):
@@ -374,36 +376,40 @@ def test_no_two_hosts_own_one_subnet_whatever_happens(three: Cluster) -> None:
 
     async def work() -> None:
         history, chance = History(), random.Random(7)
-        range_ = ipv4_range(8)  # as many hosts as subnets: every one that is free is wanted by somebody
+        range_ = ipv4_range(6)  # for eight hosts: what is free is wanted by somebody, at once
         async with contextlib.AsyncExitStack() as stack:
-            relays, hosts = [], []
+            wires, hosts = [], []
             for number in range(1, 9):
-                target, _, port = three.members[number % 3].client.partition(":")
-                relay = Relay(target, int(port))
-                through = await stack.enter_async_context(relay.running())
-                url = f"etcd://{through},{three.endpoints}/chaos/network?ttl=2"
-                (store,) = await stack.enter_async_context(opened(url))
-                relays.append(relay)
+                relays = [Relay(*member.client.split(":")) for member in three.members]
+                ends = [await stack.enter_async_context(relay.running()) for relay in relays]
+                (store,) = await stack.enter_async_context(
+                    opened(f"etcd://{','.join(ends)}/chaos/network?ttl=2")
+                )
+                wires.append(relays)
                 hosts.append(SimulatedHost(number, store, history, range_))
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(host.run()) for host in hosts]
-                for _ in range(12):
+                for _ in range(16):
                     await asyncio.sleep(chance.uniform(0.1, 0.6))
                     which = chance.randrange(len(hosts))
-                    match chance.choice(["crash", "cut", "drop", "pause", "kill"]):
+                    match chance.choice(["crash", "cut", "cut", "drop", "pause", "kill"]):
                         case "crash":
                             tasks[which].cancel()
                             await asyncio.gather(tasks[which], return_exceptions=True)
                             tasks[which] = group.create_task(hosts[which].run())
                         case "cut":
-                            relays[which].cut()
-                            asyncio.get_running_loop().call_later(chance.uniform(0.5, 3), relays[which].mend)
+                            for relay in wires[which]:
+                                relay.cut()
+                                asyncio.get_running_loop().call_later(chance.uniform(2, 5), relay.mend)
                         case "drop":
-                            relays[which].drop()
+                            for relay in wires[which]:
+                                relay.drop()
                         case "pause":
+                            # Long enough for another leader. Where a leader sleeps until leases seem over to
+                            # it, Debian 12's etcd ends them when it wakes (etcd's issue 15247).
                             member = chance.choice(three.members)
                             member.pause()
-                            await asyncio.sleep(chance.uniform(0.3, 1.5))
+                            await asyncio.sleep(chance.uniform(0.3, 0.7))
                             member.resume()
                         case "kill":
                             member = chance.choice(three.members)
@@ -411,16 +417,43 @@ def test_no_two_hosts_own_one_subnet_whatever_happens(three: Cluster) -> None:
                             await asyncio.sleep(0.3)
                             member.start()
                             await asyncio.to_thread(member.wait_ready)
-                for relay in relays:
+                for relay in itertools.chain(*wires):
                     relay.mend()
-                await wait_for("everybody has one", lambda: all(host.believed for host in hosts))
-                assert len({host.believed for host in hosts}) == len(hosts)
+                await wait_for("all are taken", lambda: sum(1 for host in hosts if host.believed) == 6)
+                assert len({host.believed for host in hosts if host.believed}) == 6
                 for task in tasks:
                     task.cancel()
             assert len(history.events) > 2 * len(hosts)
             assert violations(history.events, bound_s=max(host.worst_lag_s for host in hosts)) == []
 
     run(work, most_s=120)
+
+
+def test_renewal_by_a_leader_that_is_none_any_more_does_not_count(alone: Cluster) -> None:
+    """A leader that was stopped keeps leases alive when it goes on, and nobody else knows of it."""
+
+    async def work() -> None:
+        async with opened(alone.url()) as (store,):
+            assert isinstance(store, EtcdStore)
+            held = await store.create(lease(), holder=holder("a"))
+            lease_call = store._lease_call
+
+            async def of_another_term(path: str, number: int, *, keys: bool = False) -> Grant:
+                kept = await lease_call(path, number, keys=keys)
+                return msgspec.structs.replace(kept, term=kept.term - 1)
+
+            store._lease_call = of_another_term  # type: ignore[method-assign]
+            renewed = await store.replace(held)
+            assert renewed.revision > held.revision, (
+                "it was written again instead, which the cluster confirms"
+            )
+            assert held.expires is not None
+            assert renewed.expires is not None
+            assert renewed.expires > held.expires
+            store._lease_call = lease_call  # type: ignore[method-assign]
+            assert (await store.replace(renewed)).revision == renewed.revision
+
+    run(work)
 
 
 def test_answer_that_got_lost_is_found_out(alone: Cluster) -> None:

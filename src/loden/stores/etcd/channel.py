@@ -38,6 +38,8 @@ _MOST_QUEUED = 1 << 20
 _SILENCE_S = 8.0
 _PING_S = 4.0
 _MOST_BYTES = 1 << 30  # of one message
+_AT_ONCE = "it closed the connection at once"
+_SETTINGS = 4  # the type of the frame that a server begins with
 _FRAME = struct.Struct("!BI")  # gRPC's: compressed or not, the length of the message
 
 
@@ -151,6 +153,7 @@ class Channel(asyncio.Protocol):
         self._last_heard_s = 0.0
         self._pinged = False
         self.error: ChannelError | None = None
+        self._is_gone = asyncio.Event()
 
     @property
     def is_usable(self) -> bool:
@@ -181,18 +184,25 @@ class Channel(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._last_heard_s = asyncio.get_running_loop().time()
         self._pinged = False
+        if not self._is_greeted.is_set() and len(data) > 3 and data[3] != _SETTINGS:
+            self.fail(NotEtcd(_not_http2(data)))
+            return
         try:
             for event in self._h2.receive_data(data):
                 self._handle(event)
         except h2.exceptions.ProtocolError:
-            first = data[:4].decode("latin-1")
-            said = "it answers in HTTP/1" if first == "HTTP" else "it does not speak HTTP/2"
-            self.fail(NotEtcd(said) if not self._is_greeted.is_set() else Lost("it broke HTTP/2's rules"))
+            self.fail(Lost("it broke the rules of HTTP/2"))
             return
         self._flush()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.fail(Lost(f"the connection broke: {_words(exc)}" if exc else "it closed the connection"))
+        self._is_gone.set()
+        if isinstance(exc, ssl.SSLError):
+            self.fail(NotEtcd(_tls_words(exc)))
+        elif not self._is_greeted.is_set():
+            self.fail(Lost(_AT_ONCE))
+        else:
+            self.fail(Lost(f"the connection broke: {_words(exc)}" if exc else "it closed the connection"))
 
     # What the client calls.
 
@@ -312,14 +322,21 @@ class Channel(asyncio.Protocol):
 
     def close(self) -> None:
         """Say goodbye; idempotent. Calls end as with a lost connection."""
-        if self.error is None and self._transport is not None:
+        transport, self._transport = self._transport, None
+        if self.error is None and transport is not None:
             with suppress(h2.exceptions.ProtocolError):
                 self._h2.close_connection()
-                self._flush()
-            self._transport.close()
-            transport, self._transport = self._transport, None
-            self.fail(Lost("closed"))
-            self._transport = transport
+            transport.write(self._h2.data_to_send())
+            transport.close()
+        self.fail(Lost("closed"))
+        self._transport = transport
+
+    async def wait_gone(self) -> None:
+        """Return when the socket of a connection that has failed or was closed is closed too."""
+        if self._transport is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self._is_gone.wait()
 
     # The rest is inside.
 
@@ -410,6 +427,7 @@ async def connect(endpoint: Endpoint, context: ssl.SSLContext | None, *, timeout
             await channel.wait_greeted()
     except TimeoutError as error:
         channel.fail(Lost("closed"))
+        await channel.wait_gone()
         raise Lost(f"no answer within {timeout_s:g} s") from error
     except ssl.SSLError as error:
         raise NotEtcd(_tls_words(error)) from error
@@ -419,6 +437,12 @@ async def connect(endpoint: Endpoint, context: ssl.SSLContext | None, *, timeout
         channel.fail(Lost("closed"))
         raise
     return channel
+
+
+def _not_http2(data: bytes) -> str:
+    if data.startswith(b"HTTP"):
+        return "it answers in HTTP/1"
+    return "it speaks TLS" if data.startswith(b"\x15\x03") else "it does not speak HTTP/2"
 
 
 def _tls_words(error: ssl.SSLError) -> str:
@@ -433,6 +457,8 @@ def _words(error: Exception) -> str:
     """The system's own words; asyncio puts its own before them."""
     if isinstance(error, ssl.SSLError):
         return _tls_words(error)
+    if isinstance(error, ConnectionError) and error.errno is None:
+        return _AT_ONCE  # asyncio's, where TLS was to begin
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)  # below 0: names
     return str(error) or type(error).__name__

@@ -113,6 +113,7 @@ class Client:
         self._is_closed = True
         if self._channel is not None:
             self._channel.close()
+            await self._channel.wait_gone()
 
     async def _ask(self, channel: Channel, path: str, message: bytes, *, timeout_s: float) -> bytes:
         try:
@@ -263,6 +264,8 @@ def _reach_hint(reasons: str) -> str:
         return "write etcd:// or http:// and give no certificates, or let etcd listen with TLS"
     if "TLS fails" in reasons:
         return "does it ask for a certificate? give one with --etcd-certfile and --etcd-keyfile"
-    if "HTTP/1" in reasons or "HTTP/2" in reasons or "gRPC" in reasons:
-        return "is it etcd's client port? with TLS it is etcds:// or https://"
+    if "it speaks TLS" in reasons:
+        return "write etcds:// or https://"
+    if any(words in reasons for words in ("HTTP/1", "HTTP/2", "gRPC", "at once")):
+        return "is it etcd's client port? it is etcds:// or https:// with TLS, etcd:// or http:// without"
     return "is etcd running there, and does a firewall let us in?"

@@ -53,11 +53,13 @@ class Range(msgspec.Struct, frozen=True):
         revision: of the store.
         found: in key order.
         has_more: whether a limit cut them short.
+        term: the reign of the leader that the member knew of: it changes with the leader.
     """
 
     revision: int
     found: tuple[KeyValue, ...]
-    has_more: bool
+    has_more: bool = False
+    term: int = 0
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -83,11 +85,13 @@ class Grant(msgspec.Struct, frozen=True):
         id: never 0.
         ttl_s: seconds left; 0 or less where there is no such lease.
         keys: that go with it, where that was asked for.
+        term: as in :class:`Range`, before it was kept alive.
     """
 
     id: int
     ttl_s: int
     keys: tuple[bytes, ...] = ()
+    term: int = 0
 
 
 class News(msgspec.Struct, frozen=True):
@@ -236,16 +240,16 @@ def read_range(data: bytes) -> Range:
     Raises:
         Malformed: it is none.
     """
-    revision, has_more = 0, False
+    revision, term, has_more = 0, 0, False
     found: list[KeyValue] = []
     for field, number, chunk in _fields(data):
         if field == 2:
             found.append(_key_value(chunk))
         elif field == 1:
-            revision = _revision(chunk)
+            revision, term = _header(chunk)
         elif field == 3:
             has_more = bool(number)
-    return Range(revision, tuple(found), has_more)
+    return Range(revision, tuple(found), has_more, term)
 
 
 def read_answer(data: bytes) -> Answer:
@@ -259,7 +263,7 @@ def read_answer(data: bytes) -> Answer:
     previous: list[KeyValue] = []
     for field, number, chunk in _fields(data):
         if field == 1:
-            revision = _revision(chunk)
+            revision, _ = _header(chunk)
         elif field == 2:
             succeeded = bool(number)
         elif field == 3:
@@ -278,7 +282,7 @@ def read_grant(data: bytes) -> Grant:
     Raises:
         Malformed: it is none.
     """
-    number_of, ttl_s = 0, 0
+    number_of, ttl_s, term = 0, 0, 0
     keys: list[bytes] = []
     for field, number, chunk in _fields(data):
         if field == 2:
@@ -287,7 +291,9 @@ def read_grant(data: bytes) -> Grant:
             ttl_s = _signed(number)
         elif field == 5:
             keys.append(chunk)
-    return Grant(number_of, ttl_s, tuple(keys))
+        elif field == 1:
+            _, term = _header(chunk)
+    return Grant(number_of, ttl_s, tuple(keys), term)
 
 
 def read_news(data: bytes) -> News:
@@ -302,7 +308,7 @@ def read_news(data: bytes) -> News:
         if field == 11:
             events.append(_event(chunk))
         elif field == 1:
-            revision = _revision(chunk)
+            revision, _ = _header(chunk)
         elif field == 3:
             is_created = bool(number)
         elif field == 4:
@@ -324,8 +330,10 @@ def _event(data: bytes) -> tuple[bool, KeyValue]:
     return is_put, found
 
 
-def _revision(header: bytes) -> int:
-    return next((number for field, number, _ in _fields(header) if field == 3), 0)
+def _header(data: bytes) -> tuple[int, int]:
+    """What every answer begins with: the store's revision, and the leader's term."""
+    found = {field: number for field, number, _ in _fields(data)}
+    return found.get(3, 0), found.get(4, 0)
 
 
 def _signed(number: int) -> int:

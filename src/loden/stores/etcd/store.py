@@ -9,7 +9,7 @@ finds out.
 that end counts from before the etcd lease was asked for, so it is never the later one. Others' ends are not
 asked for: a request for each would be twenty thousand. Their records say "some time" (infinity).
 
-*Renewal* keeps the etcd lease alive, and then makes sure that the key still is ours. Nothing is written, so
+*Renewal* keeps the etcd lease alive, and makes sure that the key still is ours. Nothing is written, so
 nobody is woken, and a database that is full renews all the same.
 
 *etcd leases* are revoked when their last key has gone elsewhere; never one that holds a key of somebody else.
@@ -177,7 +177,9 @@ class EtcdStore:
             held is not None and msgspec.structs.replace(record, expires=held.record.expires) == held.record
         )
         if extend and is_same and record.expires is not None and held is not None:
-            return await self._renew(held)
+            renewed = await self._renew(held)
+            if renewed is not None:
+                return renewed
         found = await self._get(self._keys.subnet(record.key))
         if found is None or found.modified != record.revision:
             raise _conflict("replace", record.key)
@@ -343,15 +345,23 @@ class EtcdStore:
             self._held.pop(record.key, None)
         return written
 
-    async def _renew(self, held: _Held) -> Record:
+    async def _renew(self, held: _Held) -> Record | None:
+        """Keep the etcd lease alive; None where it is not certain that the cluster did so.
+
+        It does not ask the others: a leader that was stopped keeps leases alive when it goes on, and only
+        then hears of another one, where they end sooner. So the key is read afterwards, which the
+        others must confirm, and the leader's term must be what it was before.
+        """
         record = held.record
         key = self._keys.subnet(record.key)
         began_s = self._clock.since_boot_s()
         kept = await self._lease_call(messages.KEEP_ALIVE, held.lease_id)
-        is_ours = await self._txn([messages.equal(Target.MODIFIED, key, record.revision)], ())
-        if kept.ttl_s <= 0 or not is_ours.succeeded:
+        page = await self._range(messages.get(key, keys_only=True))
+        if kept.ttl_s <= 0 or not page.found or page.found[0].modified != record.revision:
             self._held.pop(record.key, None)
             raise _conflict("renew", record.key)
+        if page.term != kept.term:
+            return None
         self._ends[held.lease_id] = end = began_s + kept.ttl_s
         renewed = msgspec.structs.replace(record, expires=end)
         self._held[record.key] = _Held(renewed, held.lease_id)
