@@ -120,12 +120,12 @@ class Peers:
         lease = record.lease
         if self._own is not None and record.key == self._own.key:
             return []
-        if lease.backend_type != self._backend.lease_type:
-            return [f"its backend is {lease.backend_type!r}, ours is {self._backend.lease_type!r}"]
+        if lease.backend_type != self._plan.lease_type:
+            return [f"its backend is {lease.backend_type!r}, ours is {self._plan.lease_type!r}"]
         return [
             f"{leg.subnet}: this network has no {leg.subnet.family}"
             for leg in lease.legs
-            if leg.subnet.family not in self._families
+            if leg.subnet.family not in self._plan.backends
         ]
 
     def _legs(self, record: Record) -> Iterable[Leg]:
