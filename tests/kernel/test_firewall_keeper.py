@@ -5,6 +5,7 @@ import asyncio
 import fcntl
 import logging
 import os
+import shutil
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -256,6 +257,26 @@ def test_nftables_needs_no_iptables(host: str, tmp_path: Path, monkeypatch: pyte
             assert await settle(enable_nftables=True) == Kind.NFT
             assert await settle() == Kind.NFT  # the only one that there is
         assert ours(Kind.NFT) != []
+
+    play(host, scenario)
+
+
+@pytest.mark.parametrize("kind", _IPTABLES)
+def test_family_without_a_program_does_not_hold_the_other_back(
+    host: str, kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (kind, f"{kind}-restore", f"{kind}-save"):
+        (tmp_path / name).symlink_to(shutil.which(name) or name)
+
+    async def scenario() -> None:
+        restore(kind, FOREIGN)
+        with monkeypatch.context() as context:
+            context.setenv("PATH", str(tmp_path))
+            with pytest.raises(FirewallError, match=f"{kind}: there is no program for IPv6"):
+                await settle()
+        chains = {line.split()[1] for line in ours(kind) if line.startswith("-A FLANNEL")}
+        assert chains == {"FLANNEL-POSTRTG", "FLANNEL-FWD"}
+        assert "fd00:5::" not in dump(kind)
 
     play(host, scenario)
 

@@ -54,7 +54,8 @@ class Kernel(msgspec.Struct, frozen=True):
 class Backend(Protocol):
     """How packets get from host to host.
 
-    Made once for a host, from values alone; its methods are pure and called for one address family at a time.
+    Made for a host, from values alone; its methods are pure and called for one address family at a time.
+    Where the host stops to fit all families of the network, one is made for each that fits, of it alone.
     Options are the members of ``Backend`` in the network configuration, decoded into :attr:`Options`.
 
     Raises (when made):

@@ -14,7 +14,7 @@ from loden.firewall.choice import choose
 from loden.firewall.elsewhere import Elsewhere
 from loden.firewall.iptables import Iptables
 from loden.firewall.nftables import Nftables
-from loden.firewall.programs import Kind, Tool, find_programs
+from loden.firewall.programs import Change, Kind, Tool, find_programs
 from loden.firewall.rules import RuleSet
 from loden.firewall.view import Legacy, View
 from loden.retry import Backoff, Trouble
@@ -188,16 +188,21 @@ class Firewall:
     ) -> None:
         for turn in range(_PASSES):
             seen = self._see()
-            changes = await tool.difference(sets)
+            changes, errors = await _differences(tool, sets)
             self._looks += 1
-            if not changes:
+            if not changes and not errors:
                 self._verified = seen
                 return
-            if turn == 0 and not is_new:
+            if turn == 0 and changes and not is_new:
                 self._repairs += 1
                 self._say_drifted(culprits)
             for change in changes:
-                await change.apply()
+                try:
+                    await change.apply()
+                except FirewallError as error:
+                    errors.append(error)
+            if errors:
+                raise errors[0]
             if turn == 0 and is_new:
                 log.info("firewall rules written tool=%s transactions=%d", self._kind, len(changes))
         again = " ".join(self._take_culprits()) or "not known which"
@@ -253,3 +258,15 @@ class Firewall:
             return
         if self._wanted == self._settled:
             await asyncio.sleep(_SPACING_S)
+
+
+async def _differences(tool: Tool, sets: Sequence[RuleSet]) -> tuple[list[Change], list[FirewallError]]:
+    """What to change, and why a family cannot be looked at, which leaves the other one alone."""
+    changes: list[Change] = []
+    errors: list[FirewallError] = []
+    for family in dict.fromkeys(one.family for one in sets):
+        try:
+            changes += await tool.difference([one for one in sets if one.family is family])
+        except FirewallError as error:
+            errors.append(error)
+    return changes, errors
