@@ -18,6 +18,11 @@
     │   └── PeerUnreachable    the backend has no way to that peer's address
     ├── KernelError            an errno, the operation and the object it was about
     │   └── NotSupported       the kernel has no such thing, or we may not use it
+    ├── CloudError             a cloud's API or metadata service refused, failed or does not answer
+    │   ├── CloudUnavailable   throttled, down or late: the same call may work later
+    │   ├── CloudDenied        the credentials are missing, expired or may not do this
+    │   ├── ForeignRoute       somebody else's route is where ours should be
+    │   └── RoutesFull         the cloud's quota of routes is used up
     ├── FirewallError          a firewall tool is missing, too old or busy, or refused our rules
     ├── AlreadyRunning         another agent works in this network namespace
     └── LabError               the lab cannot do as asked
@@ -151,10 +156,50 @@ _HINTS = {
 }
 
 
+def errno_of(error: LodenError) -> int:
+    """The kernel's number for an error; 0 where it is not the kernel's."""
+    return error.errno if isinstance(error, KernelError) else 0
+
+
 class NotSupported(KernelError):
     """The running kernel lacks the feature."""
 
     is_final = True
+
+
+class CloudError(LodenError):
+    """A cloud did not do as asked.
+
+    Args:
+        operation: a verb, such as ``add``.
+        subject: the object, with the value that it was about.
+        reason: what came back. Never the request, which may hold credentials.
+        code: the cloud's own name for it, such as ``RouteAlreadyExists``; empty where there was none.
+        hint: what the reader can change.
+    """
+
+    def __init__(self, operation: str, subject: str, reason: str, *, code: str = "", hint: str = "") -> None:
+        super().__init__(f"{operation} {subject}: {reason}{f' [{code}]' if code else ''}", hint=hint)
+        self.operation = operation
+        self.subject = subject
+        self.reason = reason
+        self.code = code
+
+
+class CloudUnavailable(CloudError):
+    """The cloud does not answer now, or not so often; the same call may work later."""
+
+
+class CloudDenied(CloudError):
+    """The credentials are missing or expired, or their policy does not allow the call."""
+
+
+class ForeignRoute(CloudError):
+    """A route that is not the fabric's has the range of one that is wanted; it is left alone."""
+
+
+class RoutesFull(CloudError):
+    """There is no room for another route before somebody raises the quota."""
 
 
 class FirewallError(LodenError):

@@ -15,6 +15,7 @@ mended, because what stood on a device goes with it. An entry that fails is retr
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from itertools import islice
@@ -31,7 +32,6 @@ from loden.tables.netlink import Message
 log = logging.getLogger(__name__)
 
 LOOK_INTERVAL_S = 60.0
-_RETRY_FIRST_S, _RETRY_MOST_S = 0.1, 30.0
 #: Between two repairs of drift: somebody who undoes ours at once must not make us spin.
 _DRIFT_SPACING_S = 0.2
 _NAMED_IN_LOG = 3
@@ -55,9 +55,28 @@ class Statistics(msgspec.Struct, frozen=True):
     looks: int
 
 
+class Pace(msgspec.Struct, frozen=True):
+    """How often tables are read, and how soon what failed is tried again.
+
+    Args:
+        look_s: between complete readings, seconds.
+        retry_first_s, retry_most_s: from the first pause after a failure to the longest, seconds.
+        spread: the share by which each of these is longer or shorter at random, so that many hosts do not
+            ask one API at once.
+    """
+
+    look_s: float = LOOK_INTERVAL_S
+    retry_first_s: float = 0.1
+    retry_most_s: float = 30.0
+    spread: float = 0.0
+
+
+KERNEL_PACE = Pace()
+
+
 class _Retry(msgspec.Struct):
     entry: Entry
-    error: KernelError
+    error: LodenError
     due: float
     delay_s: float
 
@@ -102,7 +121,8 @@ class Reconciler:
     Args:
         tables: in the order in which entries depend on each other.
         clock: monotonic seconds.
-        look_interval_s: between complete readings.
+        pace: how often to read and to try again.
+        place: what the tables are, for the log.
     """
 
     def __init__(
@@ -110,11 +130,13 @@ class Reconciler:
         tables: Sequence[Table[Any]],
         *,
         clock: Clock = time.monotonic,
-        look_interval_s: float = LOOK_INTERVAL_S,
+        pace: Pace = KERNEL_PACE,
+        place: str = "the kernel's tables",
     ) -> None:
         self._tables = tuple(tables)
         self._clock = clock
-        self._look_interval_s = look_interval_s
+        self._pace = pace
+        self._place = place
         self._wanted: dict[type[Entry], Wanted] = {table.entry_type: Wanted() for table in self._tables}
         self._owned: dict[Hashable, tuple[Entry, ...]] = {}
         # Slots to put or drop, with the entry that stood or shall stand there.
@@ -209,7 +231,7 @@ class Reconciler:
         self._look_due = min(self._look_due, max(self._clock(), self._drift_due))
         self._wake.set()
 
-    def failures(self, owner: Hashable) -> list[KernelError]:
+    def failures(self, owner: Hashable) -> list[LodenError]:
         """What does not stand, of what one owner wants."""
         keys = ((type(entry), entry.slot) for entry in self._owned.get(owner, ()))
         return [self._retries[key].error for key in keys if key in self._retries]
@@ -231,7 +253,7 @@ class Reconciler:
         """Read every table and mend every difference.
 
         Raises:
-            KernelError: a table cannot be read.
+            LodenError: a table cannot be read.
         """
         async with self._lock:
             garbage: dict[type[Entry], dict[Hashable, Entry]] = {}
@@ -241,7 +263,7 @@ class Reconciler:
                 if table is self._tables[0]:
                     # What was heard so far is about what stood before, and all tables are yet to be read. Not
                     # later: what is heard while devices are read or put may be that one went again.
-                    self._look_due = self._clock() + self._look_interval_s
+                    self._look_due = self._clock() + self._spread(self._pace.look_s)
                 found = await table.read(self._wanted[kind].slots)
                 missing, garbage[kind] = self._difference(kind, found)
                 # That is the difference to what is wanted now: nothing is left to settle.
@@ -255,8 +277,8 @@ class Reconciler:
     async def run(self) -> None:
         """Keep the tables as wanted, for ever; the first thing is a look."""
         self._look_due = self._clock()
-        trouble = Trouble(log, "reading the kernel's tables")
-        backoff = Backoff(first_s=_RETRY_FIRST_S, most_s=_RETRY_MOST_S)
+        trouble = Trouble(log, f"reading {self._place}")
+        backoff = Backoff(first_s=self._pace.retry_first_s, most_s=self._pace.retry_most_s)
         while True:
             await self._wait()
             try:
@@ -268,6 +290,9 @@ class Reconciler:
             except LodenError as error:
                 trouble.happened(error)
                 self._look_due = self._clock() + backoff.next_s()
+
+    def _spread(self, pause_s: float) -> float:
+        return pause_s * random.uniform(1 - self._pace.spread, 1 + self._pace.spread)
 
     def _mark_drifted(self, kind: type[Entry], entry: Entry) -> None:
         slot = entry.slot
@@ -313,7 +338,7 @@ class Reconciler:
 
     def _note(self, kind: type[Entry], entries: Sequence[Entry], failures: Failures) -> None:
         """Remember what failed, forget what did not fail any more; say either once."""
-        fresh: list[KernelError] = []
+        fresh: list[LodenError] = []
         mended: list[Entry] = []
         for entry in entries:
             key = (kind, entry.slot)
@@ -325,8 +350,11 @@ class Reconciler:
                 continue
             if before is None or (before.error is not error and str(before.error) != str(error)):
                 fresh.append(error)
-            delay_s = _RETRY_FIRST_S if before is None else min(before.delay_s * 2, _RETRY_MOST_S)
-            self._retries[key] = _Retry(entry, error, self._clock() + delay_s, delay_s)
+            delay_s = self._pace.retry_first_s
+            if before is not None:
+                delay_s = min(before.delay_s * 2, self._pace.retry_most_s)
+            due = self._clock() + self._spread(delay_s)
+            self._retries[key] = _Retry(entry, error, due, delay_s)
         if fresh:
             log.error("refused count=%d errors=%s: trying again", len(fresh), _some(dict.fromkeys(fresh)))
         if mended:
@@ -377,7 +405,7 @@ async def _attempt(
     """What failed of a change: all of it where the table cannot be worked with at all."""
     try:
         return await change(entries)
-    except KernelError as error:
+    except LodenError as error:
         return {entry.slot: error for entry in entries}
 
 

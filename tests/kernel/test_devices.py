@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from loden.errors import KernelError
+from loden.errors import LodenError
 from loden.tables.entries import VxlanLink
 from tests.kernel.kernel import BOTH, Kernel, Names, bridge, ip, link_json, run
 
 IPV4 = BOTH[0]
 
 
-def put(kernel: Kernel, entry: VxlanLink) -> KernelError | None:
+def put(kernel: Kernel, entry: VxlanLink) -> LodenError | None:
     """Put one device; why it failed, if it did."""
     return run(kernel.devices.put([entry])).get(entry.slot)
 

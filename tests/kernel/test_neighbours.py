@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from loden.address import format_address
+from loden.errors import errno_of
 from loden.tables.base import Table
 from loden.tables.entries import FdbEntry, Neighbour
 from tests.kernel.kernel import BOTH, Kernel, Names, bridge, ip, leave_fdb, leave_neighbour, lines, run
@@ -89,7 +90,7 @@ def test_one_bad_entry_among_a_thousand_fails_alone(standing: Kernel, names: Nam
     other = BOTH[1] if names is BOTH[0] else BOTH[0]
     bad = FdbEntry(names.device, names.mac(0xFFFF), other.remote(9))
     failures = run(standing.fdb.put([*entries[:500], bad, *entries[500:]]))
-    assert {slot: error.errno for slot, error in failures.items()} == {bad.slot: errno.EAFNOSUPPORT}
+    assert {slot: errno_of(error) for slot, error in failures.items()} == {bad.slot: errno.EAFNOSUPPORT}
     assert str(bad) in str(failures[bad.slot])
     assert run(standing.fdb.read({})) == {entry.slot: entry for entry in entries}
 

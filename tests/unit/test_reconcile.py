@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loden.address import Prefix
-from loden.errors import KernelError
+from loden.errors import KernelError, errno_of
 from loden.reconcile import Reconciler
 from loden.tables.entries import Entry, Neighbour, Route, TunLink
 from tests.contract.table import run
@@ -309,7 +309,7 @@ class TestFailures:
         world.links.unusable = errno.ENOBUFS
         world.settle()
         assert world.standing == {route(9)}
-        assert [error.errno for error in world.reconciler.failures("own")] == [errno.ENOBUFS]
+        assert [errno_of(error) for error in world.reconciler.failures("own")] == [errno.ENOBUFS]
         world.settle()
         assert world.reconciler.failures("own")
         world.links.unusable = 0

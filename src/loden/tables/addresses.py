@@ -6,6 +6,7 @@ import struct
 from collections.abc import Hashable, Mapping, Sequence
 
 from loden.address import Family, Prefix
+from loden.errors import errno_of
 from loden.interface import HostAddress
 from loden.tables import netlink
 from loden.tables.base import LOOK, Failures
@@ -102,7 +103,7 @@ class AddressTable:
     async def drop(self, entries: Sequence[LinkAddress]) -> Failures:
         failures = await self._each(netlink.RTM_DELADDR, 0, "delete", entries)
         gone = (errnos.EADDRNOTAVAIL, errnos.ENODEV)
-        return {slot: error for slot, error in failures.items() if error.errno not in gone}
+        return {slot: error for slot, error in failures.items() if errno_of(error) not in gone}
 
     async def _each(self, kind: int, flags: int, verb: str, entries: Sequence[LinkAddress]) -> Failures:
         sent, failures = self._devices.sort_out(entries)

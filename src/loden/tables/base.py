@@ -4,7 +4,7 @@
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
-from loden.errors import KernelError
+from loden.errors import LodenError
 from loden.tables.entries import Entry
 from loden.tables.netlink import Message
 
@@ -14,7 +14,7 @@ E = TypeVar("E", bound=Entry)
 LOOK: Final = object()
 
 #: What did not work, by slot; everything not in it did.
-Failures = dict[Hashable, KernelError]
+Failures = dict[Hashable, LodenError]
 
 
 class Table(Protocol[E]):
@@ -37,7 +37,7 @@ class Table(Protocol[E]):
                 so that a hundred thousand of them are not held twice.
 
         Raises:
-            KernelError: the table cannot be read at all.
+            LodenError: the table cannot be read at all (KernelError, CloudError).
         """
         ...
 

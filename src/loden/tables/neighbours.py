@@ -15,6 +15,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from loden.address import Family
+from loden.errors import errno_of
 from loden.tables import netlink
 from loden.tables.base import Failures
 from loden.tables.devices import Devices
@@ -124,7 +125,7 @@ class _NeighTable(Generic[E]):
     async def drop(self, entries: Sequence[E]) -> Failures:
         failures = await self._each(netlink.RTM_DELNEIGH, 0, "delete", entries)
         gone = (errnos.ENOENT, errnos.ENODEV)
-        return {slot: error for slot, error in failures.items() if error.errno not in gone}
+        return {slot: error for slot, error in failures.items() if errno_of(error) not in gone}
 
     async def _each(self, kind: int, flags: int, verb: str, entries: Sequence[E]) -> Failures:
         sent, failures = self._devices.sort_out(entries)

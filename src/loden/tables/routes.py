@@ -17,7 +17,7 @@ from collections.abc import Container, Hashable, Iterator, Mapping, Sequence
 import msgspec
 
 from loden.address import Family, Prefix
-from loden.errors import KernelError
+from loden.errors import KernelError, errno_of
 from loden.tables import netlink
 from loden.tables.base import LOOK, Failures
 from loden.tables.devices import Devices
@@ -283,7 +283,7 @@ class RouteTable:
 
     async def _clear_way(self, entry: Route, failures: Failures) -> bool:
         """Whether what kept a route away is ours and out of the way now; if it is another's, name it."""
-        errno = failures[entry.dst].errno
+        errno = errno_of(failures[entry.dst])
         if errno not in (errnos.EEXIST, errnos.EINVAL):
             return False
         if entry.dst in self._numbers:
