@@ -277,3 +277,45 @@ class Sysctl(Entry, frozen=True, gc=False):
 
     def __str__(self) -> str:
         return f"sysctl {self.path}={self.value}"
+
+
+#: How a cloud route says that it leads to the host that wants it.
+HERE = "this host"
+
+
+class CloudRoute(Entry, frozen=True, gc=False):
+    """A route in a cloud's route tables, in each of them that this host's network looks into.
+
+    Args:
+        dst: the destination.
+        via: the next hop: :data:`HERE`, or the cloud's own name for another, where one was found.
+    """
+
+    dst: Prefix
+    via: str = HERE
+
+    @property
+    def slot(self) -> Hashable:
+        return self.dst
+
+    def __str__(self) -> str:
+        return f"cloud route {self.dst} via {self.via}"
+
+
+class CloudSetting(Entry, frozen=True, gc=False):
+    """Something about this host's instance in a cloud, without which its routes are of no use.
+
+    Args:
+        name: in the cloud's words, such as ``source/destination check``.
+        value: as text.
+    """
+
+    name: str
+    value: str
+
+    @property
+    def slot(self) -> Hashable:
+        return self.name
+
+    def __str__(self) -> str:
+        return f"cloud setting {self.name}={self.value}"
