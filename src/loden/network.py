@@ -57,6 +57,11 @@ class Network(msgspec.Struct, frozen=True):
     masquerade_exclude: tuple[Prefix, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        # A backend's own members may hold its keys to a cloud.
+        ranges = " ".join(str(part.network) for part in self.ranges)
+        return f"Network({ranges}, backend_type={self.backend_type!r})"
+
     def range_of(self, family: Family) -> Range | None:
         """The range of one family, if it is enabled."""
         return next((found for found in self.ranges if found.family is family), None)

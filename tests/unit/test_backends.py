@@ -302,7 +302,7 @@ class TestDiscovery:
     def test_unknown_one_is_named_with_those_there_are(self) -> None:
         with pytest.raises(ConfigError, match=r"Backend\.Type: unknown backend 'vlan'") as caught:
             find("vlan")
-        assert "alloc, host-gw, udp, vxlan" in caught.value.hint
+        assert "ali-vpc, alloc, aws-vpc, gce, host-gw, udp, vxlan" in caught.value.hint
 
     @pytest.mark.usefixtures("third_party")
     def test_third_partys_are_found_by_their_entry_points(self) -> None:

@@ -18,14 +18,30 @@ LAYERS = (
     ("lab",),
     ("agent", "cleanup", "keeper", "lock", "network_watch", "options", "peers", "plan", "reconcile"),
     ("stores", "backends", "firewall", "status"),
-    ("retry", "tables"),
-    ("", "address", "backend_options", "errors", "interface", "lease", "members", "network", "subnet_file"),
+    ("clouds",),
+    ("tables",),
+    ("retry",),
+    (
+        "",
+        "address",
+        "backend_options",
+        "errors",
+        "interface",
+        "lease",
+        "members",
+        "network",
+        "secret",
+        "subnet_file",
+    ),
 )
 _RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 _VALUES = len(LAYERS) - 1
 
 #: Packages that an agent has no use for, whatever else is installed.
-HEAVY = ("rich", "click", "loden.lab", "loden.cli", "pyroute2", "unittest", "http.server")
+HEAVY = (
+    *("rich", "click", "loden.lab", "loden.cli", "pyroute2", "unittest", "http.server"),
+    *("boto3", "botocore", "requests", "google", "alibabacloud_tea_openapi", "alibabacloud_credentials"),
+)
 
 
 def modules() -> Iterator[tuple[str, Path]]:

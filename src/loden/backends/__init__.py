@@ -15,7 +15,10 @@ from loden.errors import ConfigError
 from loden.tables.base import Table
 
 _BUILT_IN = {
+    "ali-vpc": ("loden.backends.ali_vpc", "AliVpc"),
     "alloc": ("loden.backends.alloc", "Alloc"),
+    "aws-vpc": ("loden.backends.aws_vpc", "AwsVpc"),
+    "gce": ("loden.backends.gce", "Gce"),
     "host-gw": ("loden.backends.host_gw", "HostGw"),
     "udp": ("loden.backends.udp", "Udp"),
     "vxlan": ("loden.backends.vxlan", "Vxlan"),

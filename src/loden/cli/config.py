@@ -6,9 +6,8 @@ import json
 from typing import Any, BinaryIO
 
 import click
-import msgspec
 
-from loden.backend_options import decode_options
+from loden.backend_options import decode_options, printable
 from loden.backends import describe
 from loden.cli._store import opened, store_options
 from loden.errors import ConfigError, LodenError
@@ -153,5 +152,4 @@ def _range_rows(part: Range) -> list[tuple[str, str]]:
 def _options(network: Network) -> dict[str, Any]:
     """The backend's options, defaults filled in, under the names that users write."""
     options, _ = decode_options(network.backend, describe(network.backend_type))
-    members: dict[str, Any] = msgspec.to_builtins(options)
-    return members
+    return printable(options)

@@ -46,7 +46,7 @@ class Listed(msgspec.Struct, frozen=True):
     is_settled: bool = True
 
     def __str__(self) -> str:
-        state = "" if self.is_usable else ", which is gone"
+        state = "" if self.is_usable else " (which does not serve)"
         return f"{self.dst} via {self.target}{state} in {self.table}"
 
 
