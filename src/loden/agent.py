@@ -24,6 +24,8 @@ import msgspec
 from loden.address import Prefix
 from loden.backends import open_tables
 from loden.backends.base import Kernel
+from loden.backends.cloud import CloudBackend
+from loden.cloud_routes import CloudRoutes, is_clouds
 from loden.errors import LodenError, StoreError
 from loden.firewall.keeper import Firewall
 from loden.firewall.rules import make_rules
@@ -188,6 +190,9 @@ class Agent:
         kernel = Kernel(requests, self._devices, self._look_soon, self._host_changed.set, closing=stack)
         networks = [part.network for part in plan.host.network.ranges]
         self._reconciler = Reconciler(kernel_tables(plan.host.network.backend_type, networks, kernel))
+        self._cloud: CloudRoutes | None = None
+        if (backend := _cloud_of(plan)) is not None:
+            self._cloud = CloudRoutes(backend, plan.host.network, store)
         self._peers = Peers(plan, self._reconciler, lookups)
         self._own_changed = asyncio.Event()
         self._is_published = False
@@ -198,8 +203,10 @@ class Agent:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the lease is ours, stands here and in subnet.env, and the firewall's rules stand."""
-        return self._is_published and self._keeper.is_held and self._firewall.statistics.is_standing
+        """Whether the lease is ours, stands here, in the cloud and in subnet.env, and the rules stand."""
+        has_way = self._cloud is None or not self._cloud.problem
+        is_standing = self._firewall.statistics.is_standing
+        return self._is_published and self._keeper.is_held and is_standing and has_way
 
     def report(self) -> bytes:
         """What the agent has to say of itself, as a JSON object."""
@@ -257,6 +264,8 @@ class Agent:
             group.create_task(self._follow_kernel(), name="kernel")
             group.create_task(self._reconcile(), name="reconcile")
             group.create_task(self._follow_host(), name="host")
+            if self._cloud is not None:
+                group.create_task(self._cloud.run(), name="cloud")
 
     def _look_soon(self) -> None:
         self._reconciler.look_soon()
@@ -271,7 +280,9 @@ class Agent:
         own = [
             entry for leg in record.lease.legs for entry in plan.backends[leg.subnet.family].own_entries(leg)
         ]
-        self._reconciler.want(_OWN, own)
+        self._reconciler.want(_OWN, [entry for entry in own if not is_clouds(entry)])
+        if self._cloud is not None:
+            self._cloud.stand(record, own)
         self._reconciler.want(_HOST, self._host_entries(own, subnets))
         self._want_rules(record)
         self._peers.set_own(record)
@@ -291,6 +302,8 @@ class Agent:
         self._reconciler.want(_OWN, ())
         self._reconciler.want(_HOST, self._host_entries((), ()))
         self._peers.suspend()
+        if self._cloud is not None:
+            self._cloud.let_go()
         notify(STATUS=self._status())
 
     def _host_entries(self, own: Sequence[Entry], subnets: Sequence[Prefix]) -> list[Entry]:
@@ -322,6 +335,9 @@ class Agent:
         failures = self._reconciler.failures(_OWN)
         if failures:
             raise failures[0]
+        if self._cloud is not None and not self._cloud.is_standing:
+            notify(STATUS="waiting for the cloud's route to this host's subnet")
+            await self._cloud.wait_standing()  # it says itself what it waits for
 
     async def _write_file(self) -> None:
         lease, mtu, path = self._keeper.record.lease, self._plan.mtu, self._options.subnet_file
@@ -362,6 +378,8 @@ class Agent:
     def _take(self, news: Changes | Snapshot) -> None:
         self._keeper.hear(news)
         self._peers.take(news)
+        if self._cloud is not None:
+            self._cloud.take(news)
         notify(STATUS=self._status())
 
     async def _reconcile(self) -> None:
@@ -423,6 +441,8 @@ class Agent:
             return
         self._plan = plan
         self._peers.use(plan)
+        if self._cloud is not None and (backend := _cloud_of(plan)) is not None:
+            self._cloud.use(backend)
         if not self._keeper.has_let_go:
             self._stand(self._keeper.record)
         if changes:
@@ -444,7 +464,13 @@ class Agent:
     def _status(self) -> str:
         failing = self._reconciler.statistics.failing
         let_go = " let go" if self._keeper.has_let_go else ""
-        return f"{self._keeper.record.lease}{let_go}, {self._peers}, {failing} failing"
+        problem = f"; {self._cloud.problem}" if self._cloud is not None and self._cloud.problem else ""
+        return f"{self._keeper.record.lease}{let_go}, {self._peers}, {failing} failing{problem}"
+
+
+def _cloud_of(plan: Plan) -> CloudBackend | None:
+    """The backend where it routes in a cloud; one and the same for all families."""
+    return next((one for one in plan.backends.values() if isinstance(one, CloudBackend)), None)
 
 
 def kernel_tables(backend_type: str, networks: Sequence[Prefix], kernel: Kernel) -> list[Table[Any]]:

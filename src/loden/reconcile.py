@@ -148,6 +148,7 @@ class Reconciler:
             table.entry_type: {} for table in self._tables
         }
         self._wake = asyncio.Event()
+        self._passed = asyncio.Event()
         self._look_due = float("inf")
         self._drift_due = 0.0  # repairs of drift wait until then
         self._lock = asyncio.Lock()  # tables are used by one task at a time
@@ -236,6 +237,15 @@ class Reconciler:
         keys = ((type(entry), entry.slot) for entry in self._owned.get(owner, ()))
         return [self._retries[key].error for key in keys if key in self._retries]
 
+    @property
+    def has_settled(self) -> bool:
+        """Whether everything was read, and nothing that was wanted since is yet to be done."""
+        return self._looks > 0 and not self._lock.locked() and not any(self._dirty.values())
+
+    async def wait_pass(self) -> None:
+        """Return when :meth:`run` has done something the next time."""
+        await self._passed.wait()
+
     async def settle(self) -> None:
         """Put and drop what changed, drifted or is to be tried again; see :meth:`failures`."""
         async with self._lock:
@@ -290,6 +300,8 @@ class Reconciler:
             except LodenError as error:
                 trouble.happened(error)
                 self._look_due = self._clock() + backoff.next_s()
+            self._passed.set()
+            self._passed.clear()
 
     def _spread(self, pause_s: float) -> float:
         return pause_s * random.uniform(1 - self._pace.spread, 1 + self._pace.spread)

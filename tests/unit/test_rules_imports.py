@@ -16,7 +16,10 @@ SOURCE = Path("src/loden")
 LAYERS = (
     ("cli",),
     ("lab",),
-    ("agent", "cleanup", "keeper", "lock", "network_watch", "options", "peers", "plan", "reconcile"),
+    (
+        *("agent", "cleanup", "cloud_routes", "keeper", "lock", "network_watch", "options", "peers", "plan"),
+        "reconcile",
+    ),
     ("stores", "backends", "firewall", "status"),
     ("clouds",),
     ("tables",),

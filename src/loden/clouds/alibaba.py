@@ -34,7 +34,7 @@ _METADATA_HINT = (
 )
 _VPC, _ECS, _QUOTAS = ("vpc", "2016-04-28"), ("ecs", "2014-05-26"), ("quotas", "2020-05-10")
 _SETTLED = frozenset(("Available", "Created"))
-_POLL_S, _WAIT_S = 1.0, 45.0
+_WAIT_S = 45.0
 _TABLE_AGE_S = 3600.0
 _INSTANCES = frozenset(("Instance", "NetworkInterface"))
 _CREDENTIALS_HINT = (
@@ -95,6 +95,8 @@ class Alibaba:
     """
 
     name = "Alibaba Cloud"
+    #: Between two looks at an entry in the making, and before the first, seconds.
+    poll_s = 1.0
     limits = Limits(200, "raise 'custom route entries in a route table' for VPC in the Quota Center")
 
     def __init__(self, *, address: bytes, key_id: Secret, key_secret: Secret) -> None:
@@ -242,6 +244,7 @@ class Alibaba:
         if handle:
             filters["RouteEntryId"] = handle
         while True:
+            time.sleep(self.poll_s)
             entries = list(self._describe_entries(table, **filters))
             found = [one for one in map(self._listed, entries) if one.owner is Owner.SELF]
             if found and found[0].is_settled:
@@ -251,7 +254,6 @@ class Alibaba:
             if time.monotonic() > deadline:
                 status = entries[0].get("Status", "unknown")
                 raise CloudUnavailable(operation, subject, f"still {status} after {_WAIT_S:g} s")
-            time.sleep(_POLL_S)
 
     def remove(self, route: Listed) -> None:
         try:

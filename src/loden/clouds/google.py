@@ -125,22 +125,14 @@ class Google:
         return route
 
     def add(self, table: str, dst: Prefix) -> Listed:
-        taken: CloudError | None = None
         for name in route_names(dst):
-            if name in self._names:
-                continue
-            try:
+            if name not in self._names:
                 return self._insert(table, dst, name)
-            except CloudError as error:
-                if error.code not in ("alreadyExists", "RESOURCE_ALREADY_EXISTS"):
-                    raise
-                taken = error
         names = " and ".join(route_names(dst))
         raise CloudError(
             "add",
             f"cloud route {dst} via {self._here.name}",
             f"the names {names} are taken in project {self._here.network_project}",
-            code=taken.code if taken else "",
             hint="another network of the project has this range; use another here, or remove those routes",
         )
 

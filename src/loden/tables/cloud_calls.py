@@ -58,6 +58,11 @@ class CloudCalls:
         self._jobs: queue.SimpleQueue[_Job | None] | None = None
         self._turn = asyncio.Lock()
 
+    def change(self, cloud: Cloud) -> None:
+        """Call this one from now on; it is attached first."""
+        self.cloud = cloud
+        self._is_attached = False
+
     async def call(self, doing: str, act: Callable[[], T]) -> T:
         """What a blocking function returns; the cloud is attached first. Safe to cancel.
 

@@ -123,7 +123,7 @@ def _steps_in(table: str, dst: Prefix, here: Sequence[Listed]) -> Sequence[Step]
         rest: list[Step] = [Remove(route) for route in here if route != kept]
         return rest if kept.is_settled else [Wait(kept)]
     if here:
-        return [Replace(here[0]), *(Remove(route) for route in here[1:])]
+        return [*(Remove(route) for route in here[1:]), Replace(here[0])]
     return [Add(table, dst)]
 
 

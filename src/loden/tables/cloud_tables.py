@@ -16,7 +16,7 @@ from loden.errors import CloudError, CloudUnavailable, ForeignRoute, LodenError,
 from loden.network import Range
 from loden.retry import Trouble
 from loden.tables.base import Failures
-from loden.tables.cloud import Listed, Listing, Owner
+from loden.tables.cloud import Cloud, Listed, Listing, Owner
 from loden.tables.cloud_calls import CloudCalls
 from loden.tables.cloud_plan import (
     Add,
@@ -73,7 +73,6 @@ class CloudRouteTable:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._calls = calls
-        self._cloud = calls.cloud
         self._ranges = tuple(ranges)
         self._take_census = take_census
         self._grace_s = grace_s
@@ -120,6 +119,10 @@ class CloudRouteTable:
     def heard(self, message: Message, wanted: Mapping[Hashable, CloudRoute]) -> Hashable | None:
         del message, wanted  # the kernel's news are not about a cloud
         return None
+
+    @property
+    def _cloud(self) -> Cloud:
+        return self._calls.cloud
 
     async def _list(self, *, max_age_s: float = _FRESH_S) -> Listing:
         if self._listing is None or self._clock() - self._listed_at > max_age_s or not max_age_s:

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""This host's part in a cloud: its routes, kept by a reconciler of their own.
+
+A cloud is slow, far away and asked by many. It gets its own loop, so that nothing in the kernel waits for it;
+what is wanted, put, dropped and repaired works as for the kernel's tables.
+"""
+
+import logging
+from collections.abc import Iterable
+
+from loden.address import Prefix
+from loden.backends.cloud import CloudBackend
+from loden.errors import MalformedLease
+from loden.lease import parse_key
+from loden.network import Network
+from loden.reconcile import Pace, Reconciler
+from loden.stores.base import Changes, Record, Snapshot, Store
+from loden.tables.cloud_calls import CloudCalls
+from loden.tables.cloud_plan import Census
+from loden.tables.cloud_tables import CloudRouteTable, CloudSettingTable
+from loden.tables.entries import CloudRoute, CloudSetting, Entry
+
+log = logging.getLogger(__name__)
+
+_OWN = "own lease"
+_RETRY_FIRST_S, _SPREAD = 2.0, 0.2
+
+
+def is_clouds(entry: Entry) -> bool:
+    """Whether an entry stands in a cloud, and not in the kernel."""
+    return isinstance(entry, CloudRoute | CloudSetting)
+
+
+class CloudRoutes:
+    """Keeps what this host wants of its cloud.
+
+    Args:
+        backend: opens the cloud.
+        network: the cluster's configuration.
+        store: says who holds which subnet.
+    """
+
+    def __init__(self, backend: CloudBackend, network: Network, store: Store) -> None:
+        options = backend.options
+        self._store = store
+        self._key = ""
+        self._addresses: dict[Prefix, bytes] = {}
+        self._calls = CloudCalls(backend.open(), attached=lambda found: log.info("cloud: %s", found))
+        self._reconciler = Reconciler(
+            [
+                CloudRouteTable(
+                    self._calls,
+                    network.ranges,
+                    self._take_census,
+                    limit=options.route_limit,
+                    grace_s=float(options.grace_period),
+                ),
+                CloudSettingTable(self._calls),
+            ],
+            pace=Pace(
+                look_s=float(options.check_interval),
+                # What fails is due no sooner than the next look, in the end.
+                retry_first_s=min(_RETRY_FIRST_S, float(options.check_interval)),
+                retry_most_s=float(options.check_interval),
+                spread=_SPREAD,
+            ),
+            place=f"the routes of {self._calls.cloud.name}",
+        )
+
+    @property
+    def is_standing(self) -> bool:
+        """Whether everything wanted of the cloud was seen to be there, or put there."""
+        return self._reconciler.has_settled and not self._reconciler.failures(_OWN)
+
+    @property
+    def problem(self) -> str:
+        """What does not stand, and why; empty where nothing is known to be wrong."""
+        return next((str(error) for error in self._reconciler.failures(_OWN)), "")
+
+    def stand(self, record: Record, entries: Iterable[Entry]) -> None:
+        """Want what the own lease asks for, in place of what was wanted before. Does not block.
+
+        Args:
+            record: the lease.
+            entries: of it; those of the kernel are passed over.
+        """
+        self._key = record.key
+        self._remember([record])
+        self._reconciler.want(_OWN, [entry for entry in entries if is_clouds(entry)])
+
+    def let_go(self) -> None:
+        """Want nothing of the cloud: the lease is not ours. Does not block."""
+        self._wanted = []
+        self._reconciler.want(_OWN, ())
+
+    def use(self, backend: CloudBackend) -> None:
+        """Work with this backend's cloud from now on: the host has another address. Does not block."""
+        self._calls.change(backend.open())
+        self._reconciler.look_soon()
+
+    def take(self, news: Changes | Snapshot) -> None:
+        """Remember which subnet was whose, also after its lease ended. Does not block."""
+        self._remember((news.records if isinstance(news, Snapshot) else news.written).values())
+
+    async def run(self) -> None:
+        """Keep the routes, for ever; the first thing is a look."""
+        try:
+            await self._reconciler.run()
+        finally:
+            self._calls.close()
+
+    async def wait_standing(self) -> None:
+        """Return when everything wanted of the cloud is there."""
+        while not self.is_standing:
+            await self._reconciler.wait_pass()
+
+    def _remember(self, records: Iterable[Record]) -> None:
+        for record in records:
+            for leg in record.lease.legs:
+                if leg.public is not None:
+                    self._addresses[leg.subnet] = leg.public
+
+    async def _take_census(self) -> Census:
+        """Read the leases, now: what a watch said may be old, and routes of others depend on it."""
+        snapshot = await self._store.snapshot()
+        self._remember(snapshot.records.values())
+        held = {
+            key: frozenset(leg.subnet for leg in record.lease.legs)
+            for key, record in snapshot.records.items()
+        }
+        live = {subnet for subnets in held.values() for subnet in subnets}
+        live |= {subnet for key in snapshot.malformed for subnet in _subnets(key)}
+        return Census(
+            live=frozenset(live),
+            own=held.get(self._key, frozenset()),
+            holders=frozenset(held),
+            me=self._key if self._key in held else "",
+            addresses=dict(self._addresses),
+        )
+
+
+def _subnets(key: str) -> list[Prefix]:
+    """What a key claims, whatever its value says."""
+    try:
+        return [subnet for subnet in parse_key(key) if subnet is not None]
+    except MalformedLease:
+        return []
