@@ -17,6 +17,7 @@ from loden.backends import describe
 from loden.errors import LabError
 from loden.lab import namespaces, probe, processes, throughput
 from loden.lab.agents import READY_S, Agents, Launch, loden_run
+from loden.lab.clouds.catalogue import CLOUDS, require_installed
 from loden.lab.network import container_ranges, network_text, require_room
 from loden.lab.report import HostReport, HostStatus, Pair, Report, Status, complaints
 from loden.lab.state import State
@@ -226,6 +227,8 @@ def up(
         LodenError: nothing was made, or everything was removed again.
     """
     planned, text = plan(spec), _checked_network(spec)
+    if spec.backend in CLOUDS:
+        require_installed(spec.backend)
     state = State(spec.name)
     with state.locked_new() as lock:
         try:
@@ -279,7 +282,12 @@ def _make(
     for host in hosts:
         namespaces.wire([underlay_wiring(planned, host)], lock=lock)
         step()
-    with Agents(state, launch) as agents:
+    if planned.spec.backend in CLOUDS:
+        with Agents(state) as cloud:
+            starting = _counter("start the cloud", 1, progress)
+            cloud.start_cloud(planned)
+            cloud.wait_ready(timeout_s=ready_s, on_ready=lambda _: starting())
+    with Agents(state, launch, backend=planned.spec.backend) as agents:
         ready = _counter("start agents", len(hosts), progress)
         for host in hosts:
             agents.start(host)

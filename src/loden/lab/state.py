@@ -5,6 +5,8 @@
 
     NAME/lab.json         the plan: every namespace's name
     NAME/store.db         the agents' store
+    NAME/cloud.log        what the cloud logs, where the lab has one
+    NAME/cloud.calls      every call of the cloud's API
     NAME/h1/agent.json    the agent's process
     NAME/h1/agent.log     what it wrote to stderr
     NAME/h1/subnet.env    what it wrote for others
@@ -72,10 +74,25 @@ class State:
 
     def log_lines(self, host: str) -> list[str]:
         """What the host's agent has logged so far; nothing where there is no log."""
+        return self.read_lines(self.log(host))
+
+    @staticmethod
+    def read_lines(log: Path) -> list[str]:
+        """What a log holds so far; nothing where there is none."""
         try:
-            return self.log(host).read_text(errors="replace").splitlines()
+            return log.read_text(errors="replace").splitlines()
         except FileNotFoundError:
             return []
+
+    @property
+    def cloud_log(self) -> Path:
+        """What the cloud of the lab logs, where it has one."""
+        return self.path / "cloud.log"
+
+    @property
+    def cloud_calls(self) -> Path:
+        """Every call of its API, a line of JSON each."""
+        return self.path / "cloud.calls"
 
     def save_agent(self, host: str, agent: Process) -> None:
         _write(self.path / host / "agent.json", msgspec.json.encode(agent))

@@ -18,6 +18,7 @@ import msgspec
 
 from loden.address import Family, Prefix
 from loden.errors import LabError
+from loden.lab.clouds.catalogue import CLOUDS
 
 #: Underlay addresses: the range for benchmarks of network devices (RFC 2544, RFC 6890), and the one for
 #: documentation (RFC 3849); no cluster uses them.
@@ -189,14 +190,36 @@ def plan(spec: Spec) -> Plan:
     check_name(spec.name)
     _require_range("hosts", spec.hosts, MOST_HOSTS)
     _require_range("containers", spec.containers, MOST_CONTAINERS)
+    if spec.backend in CLOUDS:
+        spec = _in_cloud(spec)
     measured_family(spec)
     share = spec.topology.hosts_per_segment(spec.hosts)
-    segments = _segments(-(-spec.hosts // share), spec.family.families)
+    count = -(-spec.hosts // share)
+    has_router = count > 1 or spec.backend in CLOUDS
+    segments = tuple(_segment(index, spec.family.families, has_router=has_router) for index in range(count))
     hosts = tuple(
         _host(spec, number=number, segment=segments[(number - 1) // share], place=(number - 1) % share)
         for number in range(1, spec.hosts + 1)
     )
     return Plan(spec, f"{spec.name}-net", segments, hosts)
+
+
+def _in_cloud(spec: Spec) -> Spec:
+    """The same lab with the topology of a cloud: every host is alone with the router of the VPC.
+
+    Raises:
+        LabError: the doubles have no IPv6, or another topology was asked for.
+    """
+    if spec.family is not Stack.IPV4:
+        raise LabError(
+            f"make lab {spec.name}: the clouds of the lab have no --family {spec.family}",
+            hint="--family ipv4",
+        )
+    if spec.topology is Topology.MIXED:
+        raise LabError(
+            f"make lab {spec.name}: in a cloud no two hosts share a segment", hint="leave --topology out"
+        )
+    return msgspec.structs.replace(spec, topology=Topology.ROUTED)
 
 
 def _require_range(what: str, value: int, most: int) -> None:
@@ -222,10 +245,6 @@ def measured_family(spec: Spec) -> Family:
         "a lease names an IPv4 address of its host for the IPv4 subnet and an IPv6 one for the IPv6 subnet",
         hint="--family ipv4 goes over ipv4, --family ipv6 over ipv6, and --family dual has both",
     )
-
-
-def _segments(count: int, families: tuple[Family, ...]) -> tuple[Segment, ...]:
-    return tuple(_segment(index, families, has_router=count > 1) for index in range(count))
 
 
 def _segment(index: int, families: tuple[Family, ...], *, has_router: bool) -> Segment:

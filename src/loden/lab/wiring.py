@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from loden.address import Family, Prefix, format_address
+from loden.address import Family, Prefix, format_address, parse_address
 from loden.errors import LabError
+from loden.lab.clouds.catalogue import CLOUDS, addresses
 from loden.lab.topology import Host, Plan, nth
 
 UPLINK = "eth0"
@@ -115,7 +116,8 @@ def first_settings(families: Sequence[Family]) -> Mapping[str, str]:
 
 
 def switch_wiring(plan: Plan) -> Wiring:
-    """The segments' bridges, a wire to every host, and the router's addresses."""
+    """The segments' bridges, a wire to every host, and the addresses of the router and of its cloud."""
+    cloud = [Address("lo", parse_address(text), 32) for text in addresses(plan.spec.backend)]
     return Wiring(
         namespace=plan.switch,
         bridges=tuple(segment.bridge for segment in plan.segments),
@@ -123,12 +125,15 @@ def switch_wiring(plan: Plan) -> Wiring:
             Veth(host.name, host.segment.bridge, host.namespace, UPLINK, UNDERLAY_MTU, host.mac)
             for host in plan.hosts
         ),
-        addresses=tuple(
-            Address(segment.bridge, router, segment.prefixes[family].length)
-            for segment in plan.segments
-            for family, router in segment.routers.items()
+        addresses=(
+            *cloud,
+            *(
+                Address(segment.bridge, router, segment.prefixes[family].length)
+                for segment in plan.segments
+                for family, router in segment.routers.items()
+            ),
         ),
-        forwards=plan.families if len(plan.segments) > 1 else (),
+        forwards=plan.families if len(plan.segments) > 1 or plan.spec.backend in CLOUDS else (),
     )
 
 

@@ -273,7 +273,8 @@ class AlibabaDouble:
             free = {one.address for one in self._machines.values() if not self.checks[one.name]}
         return View(routes, frozenset(free))
 
-    def environment(self, api: str, metadata: str) -> dict[str, str]:
+    @staticmethod
+    def environment(api: str, metadata: str) -> dict[str, str]:
         apis = {f"{name}_ENDPOINT": api for name in ("VPC", "ECS", "QUOTAS")}
         return {**apis, "ALIBABA_CLOUD_METADATA_ENDPOINT": metadata}
 

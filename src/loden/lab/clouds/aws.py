@@ -242,7 +242,8 @@ class AwsDouble:
             }
         return View(routes, frozenset(free))
 
-    def environment(self, api: str, metadata: str) -> dict[str, str]:
+    @staticmethod
+    def environment(api: str, metadata: str) -> dict[str, str]:
         return {"AWS_ENDPOINT_URL": api, "AWS_EC2_METADATA_SERVICE_ENDPOINT": metadata}
 
     def metadata(self, request: Request) -> Answer:

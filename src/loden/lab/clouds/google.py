@@ -222,7 +222,8 @@ class GoogleDouble:
             free = {ips[name] for name in ips if self.instances[name]["canIpForward"]}
         return View(routes, frozenset(free))
 
-    def environment(self, api: str, metadata: str) -> dict[str, str]:
+    @staticmethod
+    def environment(api: str, metadata: str) -> dict[str, str]:
         return {
             "CLOUDSDK_API_ENDPOINT_OVERRIDES_COMPUTE": f"{api}/compute/v1/",
             "GCE_METADATA_HOST": metadata.partition("//")[2].removesuffix(":80"),

@@ -73,7 +73,8 @@ class Double(Protocol):
         """What the metadata service says to the machine that asks."""
         ...
 
-    def environment(self, api: str, metadata: str) -> dict[str, str]:
+    @staticmethod
+    def environment(api: str, metadata: str) -> dict[str, str]:
         """The variables that make the vendor's client come here.
 
         Args:
