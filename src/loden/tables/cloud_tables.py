@@ -33,7 +33,7 @@ from loden.tables.cloud_plan import (
     strays,
     without_lease,
 )
-from loden.tables.entries import CloudRoute, CloudSetting
+from loden.tables.entries import HERE, CloudRoute, CloudSetting
 from loden.tables.netlink import Message
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,8 @@ class CloudRouteTable:
             if not steps_to_stand(entry.dst, listing):
                 found[entry.slot] = entry
         for route in await self._garbage(listing, [entry.dst for entry in wanted.values()]):
-            found[route.dst] = CloudRoute(route.dst, route.target)
+            via = HERE if route.owner is Owner.SELF else route.target
+            found[route.dst] = CloudRoute(route.dst, via)
         return found
 
     async def put(self, entries: Sequence[CloudRoute]) -> Failures:

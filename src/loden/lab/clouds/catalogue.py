@@ -15,7 +15,7 @@ from loden.lab.clouds.machines import Double
 API = "169.254.169.253"
 
 #: What would bring an agent of the lab to a real cloud, or past the lab's own.
-_FOREIGN = ("AWS_", "GOOGLE_", "GCE_", "CLOUDSDK_", "ALIBABA_", "ACCESS_KEY_", "ECS_", "VPC_", "QUOTAS_")
+FOREIGN = ("AWS_", "GOOGLE_", "GCE_", "CLOUDSDK_", "ALIBABA_", "ACCESS_KEY_", "ECS_", "VPC_", "QUOTAS_")
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -85,7 +85,7 @@ def environment(backend: str) -> dict[str, str]:
     ours = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(_FOREIGN) and not name.lower().endswith("_proxy")
+        if not name.startswith(FOREIGN) and not name.lower().endswith("_proxy")
     }
     entry = CLOUDS[backend]
     return {**ours, **entry.load().environment(f"http://{API}", f"http://{entry.metadata}")}
