@@ -198,13 +198,18 @@ class Reconciler:
         self._owned[owner] = new
         if not new:
             del self._owned[owner]
+        kept = frozenset(old).intersection(new)
         for entry in old:
+            if entry in kept:
+                continue
             kind, slot = type(entry), entry.slot
             # What stands is the first that was wanted since the last time, a rival's perhaps: to drop any
             # other would be refused, and taken for done.
             self._dirty[kind].setdefault(slot, self._wanted[kind].slots[slot])
             self._wanted[kind].remove(owner, slot)
         for entry in new:
+            if entry in kept:
+                continue
             kind, slot = type(entry), entry.slot
             standing = self._wanted[kind].add(owner, slot, entry)
             if standing != entry:
@@ -276,6 +281,7 @@ class Reconciler:
                     self._look_due = self._clock() + self._spread(self._pace.look_s)
                 found = await table.read(self._wanted[kind].slots)
                 missing, garbage[kind] = self._difference(kind, found)
+                self._note_standing(kind, found, missing)
                 # That is the difference to what is wanted now: nothing is left to settle.
                 self._dirty[kind] = {}
                 await self._put(table, missing)
@@ -331,6 +337,15 @@ class Reconciler:
         if strays:
             log.info("garbage count=%d entries=%s: removing what nobody wants", len(strays), _some(strays))
         return missing, garbage
+
+    def _note_standing(
+        self, kind: type[Entry], found: Mapping[Hashable, Entry], missing: Mapping[Hashable, Entry]
+    ) -> None:
+        """What failed before, and was found as wanted now: somebody else mended it."""
+        failed = [slot for other, slot in self._retries if other is kind]
+        wanted = self._wanted[kind].slots
+        mended = [wanted[slot] for slot in failed if slot in found and slot in wanted and slot not in missing]
+        self._note(kind, mended, {})
 
     async def _put(self, table: Table[Any], slots: Iterable[Hashable]) -> bool:
         """Put what is wanted in these slots; whether any of it had to be put and was."""

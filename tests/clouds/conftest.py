@@ -39,6 +39,18 @@ def _tokens() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_description() -> Iterator[None]:
+    """Amazon's client reads the description of EC2, which is large, once and not for each of many hosts."""
+    import botocore.loaders
+    import botocore.session
+
+    loader = botocore.loaders.create_loader()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(botocore.session, "create_loader", lambda *_: loader)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """No variable of the machine's user reaches a client."""
