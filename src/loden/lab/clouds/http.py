@@ -63,9 +63,10 @@ class Server:
     Args:
         handle: called in a thread for each connection.
         listener: listens already; the server closes it.
+        poll_s: how soon it notices that it is to end.
     """
 
-    def __init__(self, handle: Handle, listener: socket.socket) -> None:
+    def __init__(self, handle: Handle, listener: socket.socket, *, poll_s: float = 0.5) -> None:
         address = listener.getsockname()
 
         class Handler(_Handler):
@@ -76,7 +77,7 @@ class Server:
         self._server.socket.close()
         self._server.socket = listener
         self._thread = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, name="double", daemon=True
+            target=self._server.serve_forever, kwargs={"poll_interval": poll_s}, name="double", daemon=True
         )
         self._thread.start()
 
@@ -90,7 +91,7 @@ class Server:
 @contextlib.contextmanager
 def serving(handle: Handle, address: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
     """Answer on an address of this namespace for the length of a block; yields the URL."""
-    server = Server(handle, socket.create_server((address, port), backlog=512))
+    server = Server(handle, socket.create_server((address, port), backlog=512), poll_s=0.01)
     try:
         yield server.url
     finally:
