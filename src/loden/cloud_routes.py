@@ -43,7 +43,7 @@ class CloudRoutes:
     def __init__(self, backend: CloudBackend, network: Network, store: Store) -> None:
         options = backend.options
         self._store = store
-        self._key = ""
+        self._record: Record | None = None
         self._addresses: dict[Prefix, bytes] = {}
         self._calls = CloudCalls(backend.open(), attached=lambda found: log.info("cloud: %s", found))
         self._reconciler = Reconciler(
@@ -84,7 +84,7 @@ class CloudRoutes:
             record: the lease.
             entries: of it; those of the kernel are passed over.
         """
-        self._key = record.key
+        self._record = record
         self._remember([record])
         self._reconciler.want(_OWN, [entry for entry in entries if is_clouds(entry)])
 
@@ -114,6 +114,13 @@ class CloudRoutes:
         while not self.is_standing:
             await self._reconciler.wait_pass()
 
+    def _is_ours(self, found: Record | None) -> bool:
+        """Whether the record under our key still is our lease: who lost it may not have heard of that yet."""
+        own = self._record
+        if found is None or own is None:
+            return False
+        return found.lease == own.lease and (found.holder is None or found.holder == own.holder)
+
     def _remember(self, records: Iterable[Record]) -> None:
         for record in records:
             for leg in record.lease.legs:
@@ -128,13 +135,16 @@ class CloudRoutes:
             key: frozenset(leg.subnet for leg in record.lease.legs)
             for key, record in snapshot.records.items()
         }
+        own = self._record.key if self._record is not None else ""
+        if not self._is_ours(snapshot.records.get(own)):
+            own = ""
         live = {subnet for subnets in held.values() for subnet in subnets}
         live |= {subnet for key in snapshot.malformed for subnet in _subnets(key)}
         return Census(
             live=frozenset(live),
-            own=held.get(self._key, frozenset()),
+            own=held.get(own, frozenset()),
             holders=frozenset(held),
-            me=self._key if self._key in held else "",
+            me=own,
             addresses=dict(self._addresses),
         )
 

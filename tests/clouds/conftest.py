@@ -23,7 +23,7 @@ def _tokens() -> Iterator[None]:
         if request.path.endswith("/token"):
             body = b'{"access_token": "%s", "expires_in": 3600, "token_type": "Bearer"}' % CANARY.encode()
             return Answer(200, body, "application/json", headers)
-        if request.path.rstrip("/").endswith("default"):
+        if "/service-accounts/" in request.path:
             body = b'{"email": "lab@lab.iam.gserviceaccount.com", "scopes": []}'
             return Answer(200, body, "application/json", headers)
         if request.path.endswith("universe-domain"):

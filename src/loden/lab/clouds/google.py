@@ -237,7 +237,7 @@ class GoogleDouble:
         if request.headers.get("metadata-flavor") != "Google":
             return Answer(403, b"Missing Metadata-Flavor:Google header.")
         one = self._machines.get(request.client)
-        path = request.path.removeprefix("/computeMetadata/v1/").rstrip("/")
+        path = request.path.removeprefix("/computeMetadata/v1/").rstrip("/").replace(_ACCOUNT, "default")
         if one is None:
             return Answer(404, b"no instance of ours asks")
         found = self._values(one).get(path)
@@ -249,7 +249,7 @@ class GoogleDouble:
         return msgspec.structs.replace(answer, headers=flavour)
 
     def _values(self, one: Machine) -> dict[str, object]:
-        account = {"aliases": ["default"], "email": "lab@lab-project.iam.gserviceaccount.com"}
+        account = {"aliases": ["default"], "email": _ACCOUNT}
         network = f"projects/{self.network_project}/networks/{NETWORK}"
         return {
             "project/project-id": PROJECT,
@@ -268,6 +268,7 @@ class GoogleDouble:
         }
 
 
+_ACCOUNT = "lab@lab-project.iam.gserviceaccount.com"
 _SCOPES = ("https://www.googleapis.com/auth/compute",)
 
 
