@@ -109,11 +109,13 @@ class TestRefusals:
 
         async def work() -> None:
             agent = await joined(site, store)
-            site.fail(site.LIST, status, code, message=message)
+            site.fail(site.LIST, status, code, message=message, times=2)
             error = await agent.try_to_look()
             assert type(error) is kind
             assert words in str(error)
             assert not agent.routes.is_standing
+            assert site.journal.writes == []
+            site.journal.clear()
             await agent.look()
 
         run(work())

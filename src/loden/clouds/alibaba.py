@@ -19,7 +19,7 @@ import msgspec
 
 from loden.address import Prefix, format_address
 from loden.clouds.metadata import Metadata
-from loden.clouds.words import shorten
+from loden.clouds.words import quiet, shorten
 from loden.errors import CloudDenied, CloudError, CloudUnavailable, RoutesFull
 from loden.secret import Secret
 from loden.tables.cloud import Limits, Listed, Listing, Owner
@@ -366,6 +366,7 @@ class Alibaba:
             from alibabacloud_credentials import provider  # noqa: PLC0415
             from alibabacloud_credentials.client import Client  # noqa: PLC0415
 
+            quiet("credentials", "alibabacloud", "Tea", "darabonba", "urllib3")
             # It brings a handler of its own, which would print everything twice.
             logging.getLogger("credentials").handlers.clear()
             if self._key_id:
@@ -434,17 +435,19 @@ def _translated(operation: str, subject: str, call: Callable[[], T]) -> T:
     from Tea.exceptions import TeaException  # noqa: PLC0415
     from Tea.exceptions import UnretryableException as TeaUnretryable  # noqa: PLC0415
 
-    # Not chained: their exceptions keep the request, with what it was signed by.
+    refusal: CloudError
     try:
         return call()
     except (DaraException, TeaException) as error:
         code = str(getattr(error, "code", "") or "")
         status = getattr(error, "status_code", None) or getattr(error, "statusCode", None) or 0
-        raise _refusal(operation, subject, code, int(status), error.message) from None
+        refusal = _refusal(operation, subject, code, int(status), error.message)
     except CredentialException as error:
-        raise CloudDenied(operation, subject, shorten(error), hint=_CREDENTIALS_HINT) from None
+        refusal = CloudDenied(operation, subject, shorten(error), hint=_CREDENTIALS_HINT)
     except (RetryError, UnretryableException, TeaUnretryable, OSError) as error:
-        raise CloudUnavailable(operation, subject, shorten(_without_url(error))) from None
+        refusal = CloudUnavailable(operation, subject, shorten(_without_url(error)))
+    # Not chained: their exceptions keep the request and what it was signed by, and the answer that quotes it.
+    raise refusal
 
 
 def _without_url(error: Exception) -> str:

@@ -16,7 +16,7 @@ import msgspec
 
 from loden.address import Family, Prefix, format_address
 from loden.clouds.metadata import Metadata
-from loden.clouds.words import shorten
+from loden.clouds.words import quiet, shorten
 from loden.errors import CloudDenied, CloudError, CloudUnavailable, RoutesFull
 from loden.tables.cloud import Limits, Listed, Listing, Owner
 
@@ -324,6 +324,7 @@ class Aws:
             import boto3  # noqa: PLC0415 - 35 MB that hosts outside of AWS do not pay
             from botocore.config import Config  # noqa: PLC0415
 
+            quiet("boto3", "botocore", "urllib3")
             # One try: when to try again is the reconciler's to say, for all clouds alike.
             settings = Config(retries={"total_max_attempts": 1}, connect_timeout=5, read_timeout=20)
             session = boto3.Session(region_name=self._here.region)

@@ -17,7 +17,7 @@ import msgspec
 
 from loden.address import Prefix, format_address
 from loden.clouds.metadata import Metadata
-from loden.clouds.words import shorten
+from loden.clouds.words import quiet, shorten
 from loden.errors import CloudDenied, CloudError, CloudUnavailable, RoutesFull
 from loden.tables.cloud import Limits, Listed, Listing, Owner
 
@@ -264,6 +264,7 @@ class Google:
             import google.auth  # noqa: PLC0415 - 30 MB that hosts elsewhere do not pay
             from google.auth.transport.requests import AuthorizedSession  # noqa: PLC0415
 
+            quiet("google", "urllib3")
             credentials, _ = google.auth.default(scopes=[SCOPE])
             self._session = AuthorizedSession(credentials, max_refresh_attempts=1)
         return self._session

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a cloud said, made fit for a log: one line, not too long, without what nobody can read."""
+"""What a cloud or its vendor's client said, made fit for a log: short, and without what nobody may read."""
 
+import logging
 import re
 
 _MOST = 240
@@ -10,6 +11,17 @@ _NOISE = re.compile(
 )
 
 
+def quiet(*loggers: str) -> None:
+    """Keep vendors' clients from logging requests and answers, credentials among them, at ``-v=1``.
+
+    Args:
+        loggers: names of their loggers.
+    """
+    for name in loggers:
+        logger = logging.getLogger(name)
+        logger.setLevel(max(logger.level, logging.INFO))
+
+
 def shorten(said: object) -> str:
     """One sentence out of a cloud's message.
 
@@ -17,5 +29,5 @@ def shorten(said: object) -> str:
         said: its text. The innards of a signature or a policy are cut off, and so are numbers of requests,
             by which two equal answers would differ.
     """
-    text = " ".join(_NOISE.sub("", str(said or "")).split()).rstrip(".: ")
+    text = " ".join(_NOISE.sub("", str(said or "")).split()).rstrip(".: ") or "no reason given"
     return text if len(text) <= _MOST else f"{text[:_MOST]}…"
