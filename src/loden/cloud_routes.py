@@ -46,17 +46,17 @@ class CloudRoutes:
         self._record: Record | None = None
         self._addresses: dict[Prefix, bytes] = {}
         self._calls = CloudCalls(backend.open(), attached=lambda found: log.info("cloud: %s", found))
+        self._routes = CloudRouteTable(
+            self._calls,
+            network.ranges,
+            self._take_census,
+            limit=options.route_limit,
+            grace_s=float(options.grace_period),
+        )
+        self._settings = CloudSettingTable(self._calls)
+        self._wanted: list[Entry] = []
         self._reconciler = Reconciler(
-            [
-                CloudRouteTable(
-                    self._calls,
-                    network.ranges,
-                    self._take_census,
-                    limit=options.route_limit,
-                    grace_s=float(options.grace_period),
-                ),
-                CloudSettingTable(self._calls),
-            ],
+            [self._routes, self._settings],
             pace=Pace(
                 look_s=float(options.check_interval),
                 # What fails is due no sooner than the next look, in the end.
@@ -86,7 +86,8 @@ class CloudRoutes:
         """
         self._record = record
         self._remember([record])
-        self._reconciler.want(_OWN, [entry for entry in entries if is_clouds(entry)])
+        self._wanted = [entry for entry in entries if is_clouds(entry)]
+        self._reconciler.want(_OWN, self._wanted)
 
     def let_go(self) -> None:
         """Want nothing of the cloud: the lease is not ours. Does not block."""
@@ -108,6 +109,23 @@ class CloudRoutes:
             await self._reconciler.run()
         finally:
             self._calls.close()
+
+    async def preview(self) -> list[str]:
+        """What a look would change, a line each; nothing is changed.
+
+        Raises:
+            LodenError: the cloud or the store cannot be read.
+        """
+        wanted = [entry.dst for entry in self._wanted if isinstance(entry, CloudRoute)]
+        lines = await self._routes.preview(wanted)
+        settings = {entry.slot: entry for entry in self._wanted if isinstance(entry, CloudSetting)}
+        found = await self._settings.read(settings)
+        for slot, entry in settings.items():
+            now = found.get(slot)
+            if now != entry:
+                lines.append(f"change {entry}: it is {now.value if now else 'not known'}")
+        self._calls.close()
+        return lines
 
     async def wait_standing(self) -> None:
         """Return when everything wanted of the cloud is there."""

@@ -17,6 +17,7 @@ COMMANDS = {
     "config": "loden.cli.config",
     "lease": "loden.cli.lease",
     "firewall": "loden.cli.firewall",
+    "cloud": "loden.cli.cloud",
     "lab": "loden.cli.lab",
 }
 

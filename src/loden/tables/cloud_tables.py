@@ -117,6 +117,35 @@ class CloudRouteTable:
                 failures[entry.slot] = error
         return failures
 
+    async def preview(self, wanted: Sequence[Prefix]) -> list[str]:
+        """What would be done, a line each; only questions are asked.
+
+        Args:
+            wanted: this host's subnets.
+
+        Raises:
+            LodenError: the cloud or the leases cannot be read.
+        """
+        steps: list[Step] = []
+        for dst in wanted:
+            while any(isinstance(step, Identify) for step in steps_to_stand(dst, await self._list())):
+                for step in steps_to_stand(dst, await self._list()):
+                    if isinstance(step, Identify):
+                        await self._identify(step.route)
+            steps += steps_to_stand(dst, await self._list())
+        found = strays(await self._list(), self._ranges, wanted)
+        lines = [str(step) for step in steps]
+        lines += [str(Remove(route)) for route in found if route.owner is Owner.SELF]
+        others = [route for route in found if route.owner is not Owner.SELF]
+        absent = without_lease(others, await self._take_census()) if others else []
+        for route in [await self._identify(one) if one.owner is Owner.UNKNOWN else one for one in absent]:
+            if route.owner is Owner.FABRIC:
+                lines.append(
+                    f"{Remove(route)}: no host has a lease for it; one of the hosts does it, "
+                    f"{self._grace_s:g} s or more after it first saw that"
+                )
+        return lines
+
     def heard(self, message: Message, wanted: Mapping[Hashable, CloudRoute]) -> Hashable | None:
         del message, wanted  # the kernel's news are not about a cloud
         return None

@@ -22,7 +22,7 @@ REGION = "us-west-2"
 ZONE = "us-west-2-lax-1a"
 KEY_ID = "AKIALODENLAB00000001"
 #: What the lab itself signs with: its calls are neither written down nor made to fail.
-_OWN_KEY_ID = "AKIALODENLABITSELF00"
+OWN_KEY_ID = "AKIALODENLABITSELF00"
 _IMAGE = "ami-12c6146b"
 _XMLNS = re.compile(rb'\sxmlns="[^"]*"')
 _READS = ("Describe", "Get", "List")
@@ -118,8 +118,10 @@ class AwsDouble:
         action = request.query.get("Action") or request.headers.get("x-amz-target", "").rpartition(".")[2]
         match = _CREDENTIAL.search(request.headers.get("authorization", ""))
         key_id = match[1] if match else ""
-        if key_id == _OWN_KEY_ID:
-            return self._pass_on(request)
+        if key_id == OWN_KEY_ID:
+            answer = self._pass_on(request)
+            self._changed()
+            return answer
         answer = self._refuse(action, request, key_id) or self._pass_on(request)
         is_write = not action.startswith(_READS)
         outcome = "ok" if answer.status < 300 else _find(answer.body, "Code") or str(answer.status)
@@ -313,7 +315,7 @@ class AwsDouble:
         headers = {
             "content-type": "application/x-www-form-urlencoded; charset=utf-8",
             "host": f"ec2.{REGION}.amazonaws.com",
-            "authorization": f"AWS4-HMAC-SHA256 Credential={_OWN_KEY_ID}/20200101/{REGION}/ec2/aws4_request, "
+            "authorization": f"AWS4-HMAC-SHA256 Credential={OWN_KEY_ID}/20200101/{REGION}/ec2/aws4_request, "
             "SignedHeaders=host, Signature=0",
         }
         return self._pass_on(Request("POST", "/", {}, headers, body, "lab"))
