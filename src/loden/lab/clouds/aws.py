@@ -190,8 +190,14 @@ class AwsDouble:
     def _attached(self) -> set[str]:
         """The interfaces that are there, of instances that are not terminated."""
         root = _parse(self._request("DescribeNetworkInterfaces").body)
-        items = root.iter("networkInterfaceId")
-        return {str(item.text) for item in items}
+        there = {str(item.text) for item in root.iter("networkInterfaceId")}
+        # The first interface goes with its instance, which moto forgets.
+        instances = _parse(self._request("DescribeInstances").body)
+        for item in instances.iterfind("reservationSet/item/instancesSet/item"):
+            if item.findtext("instanceState/name") == "terminated":
+                name = item.findtext("instanceId")
+                there -= {self.interfaces[one] for one, known in self.instances.items() if known == name}
+        return there
 
     def _routes(self) -> list[dict[str, Any]]:
         root = _parse(self._request("DescribeRouteTables").body)
