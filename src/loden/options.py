@@ -14,8 +14,9 @@ from loden.address import Prefix
 from loden.errors import ConfigError
 from loden.firewall.rules import FirewallOptions
 from loden.interface import Selection
+from loden.secret import Secret
 from loden.stores import DEFAULT_URL
-from loden.stores.access import Access, Secret
+from loden.stores.access import Access
 from loden.stores.etcd.place import DEFAULT_ENDPOINTS, DEFAULT_PREFIX, url_of
 
 

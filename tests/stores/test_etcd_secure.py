@@ -14,8 +14,9 @@ import pytest
 from loden.cli.main import main
 from loden.errors import StoreError, StoreUnavailable, StoreUnusable
 from loden.options import build_store
+from loden.secret import Secret
 from loden.stores import open_store
-from loden.stores.access import Access, Secret
+from loden.stores.access import Access
 from tests.contract.store import holder, lease, run
 from tests.stores.etcd_cluster import Cluster, needs_etcd
 

@@ -19,7 +19,7 @@ from tests.unit.virtual_time import VirtualTime
 
 ROUTE = CloudRoute(Prefix.parse("10.5.1.0/24"))
 SETTING = CloudSetting("check", "off")
-PACE = Pace(look_s=300.0, retry_first_s=2.0, retry_most_s=300.0, spread=0.2, is_layered=False)
+PACE = Pace(look_s=300.0, retry_first_s=2.0, retry_most_s=300.0, spread=0.2)
 
 
 class World:

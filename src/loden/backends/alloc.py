@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """``alloc``: hands out subnets and forwards nothing (COMPAT §7.1)."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import msgspec
 
 from loden.address import Family
-from loden.backends.base import Host, Kernel
+from loden.backends.base import Host, Plain
 from loden.interface import Hop
 from loden.lease import Leg
-from loden.tables.base import Table
 from loden.tables.entries import Entry
 
 
@@ -18,7 +17,7 @@ class Options(msgspec.Struct, frozen=True):
     """It has none."""
 
 
-class Alloc:
+class Alloc(Plain):
     """A lease, and nothing in the kernel."""
 
     Options: ClassVar[type[msgspec.Struct]] = Options
@@ -28,16 +27,6 @@ class Alloc:
         del options
         self.needs_hops = False
         self.mtu = host.underlay.mtu
-
-    @classmethod
-    async def lacks(cls, options: msgspec.Struct, families: Sequence[Family]) -> Mapping[Family, str]:
-        del options, families
-        return {}
-
-    @classmethod
-    def tables(cls, kernel: Kernel) -> Sequence[Table[Any]]:
-        del kernel
-        return ()
 
     def data(self, family: Family) -> bytes | None:
         del family

@@ -118,3 +118,19 @@ class Backend(Protocol):
             MalformedLease: the peer's data are not this backend's.
         """
         ...
+
+
+class Plain:
+    """What most backends have in common: no tables of their own, and nothing to do without."""
+
+    @classmethod
+    async def lacks(cls, options: msgspec.Struct, families: Sequence[Family]) -> Mapping[Family, str]:
+        """Nothing."""
+        del options, families
+        return {}
+
+    @classmethod
+    def tables(cls, kernel: Kernel) -> Sequence[Table[Any]]:
+        """None."""
+        del kernel
+        return ()

@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar
 import msgspec
 
 from loden.address import Family
-from loden.backends.base import Host
+from loden.backends.base import Host, Plain
 from loden.errors import ConfigError
 from loden.interface import Hop
 from loden.lease import Leg
@@ -37,7 +37,7 @@ class CloudOptions(msgspec.Struct, frozen=True, rename=COMMON_NAMES):
     grace_period: Annotated[int, msgspec.Meta(ge=1, le=604_800)] = 600
 
 
-class CloudBackend:
+class CloudBackend(Plain):
     """A route for the own lease, in a cloud.
 
     Args:

@@ -5,17 +5,16 @@ Full speed and no encapsulation, where all hosts share one network. A peer behin
 route would be accepted by some kernels and lead nowhere.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import msgspec
 
 from loden.address import Family, format_address
-from loden.backends.base import Host, Kernel
+from loden.backends.base import Host, Plain
 from loden.errors import ConfigError, PeerUnreachable
 from loden.interface import Hop
 from loden.lease import Leg
-from loden.tables.base import Table
 from loden.tables.entries import Entry, Route
 
 
@@ -23,7 +22,7 @@ class Options(msgspec.Struct, frozen=True):
     """It has none."""
 
 
-class HostGw:
+class HostGw(Plain):
     """One route for each peer."""
 
     Options: ClassVar[type[msgspec.Struct]] = Options
@@ -42,16 +41,6 @@ class HostGw:
                     f"{host.underlay.name}, which has {format_address(own)}",
                     hint="drop --public-ip, choose the interface with --iface, or use the backend vxlan",
                 )
-
-    @classmethod
-    async def lacks(cls, options: msgspec.Struct, families: Sequence[Family]) -> Mapping[Family, str]:
-        del options, families
-        return {}
-
-    @classmethod
-    def tables(cls, kernel: Kernel) -> Sequence[Table[Any]]:
-        del kernel
-        return ()
 
     def data(self, family: Family) -> bytes | None:
         del family

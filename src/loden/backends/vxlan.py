@@ -11,18 +11,17 @@ With DirectRouting, a peer on this host's own network gets one plain route inste
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from collections.abc import Sequence
+from typing import Annotated, ClassVar
 
 import msgspec
 
 from loden.address import Family, format_address, is_host
-from loden.backends.base import Host, Kernel
+from loden.backends.base import Host, Plain
 from loden.backends.host_gw import direct_route
 from loden.errors import ConfigError, MalformedLease, PeerUnreachable
 from loden.interface import Hop
 from loden.lease import Leg
-from loden.tables.base import Table
 from loden.tables.entries import Entry, FdbEntry, LinkAddress, Neighbour, Route, VxlanLink, format_mac
 
 #: Outer headers, bytes: IP, UDP 8, VXLAN 8, inner Ethernet 14. Flannel takes 50 for both families (W16).
@@ -85,7 +84,7 @@ class _PeerData(msgspec.Struct, frozen=True):
 _decoder = msgspec.json.Decoder(_PeerData)
 
 
-class Vxlan:
+class Vxlan(Plain):
     """A device for each family, and neighbour, forwarding entry and route for each peer."""
 
     Options: ClassVar[type[msgspec.Struct]] = Options
@@ -132,16 +131,6 @@ class Vxlan:
             gbp=self._options.gbp,
             learning=self._options.learning,
         )
-
-    @classmethod
-    async def lacks(cls, options: msgspec.Struct, families: Sequence[Family]) -> Mapping[Family, str]:
-        del options, families
-        return {}
-
-    @classmethod
-    def tables(cls, kernel: Kernel) -> Sequence[Table[Any]]:
-        del kernel
-        return ()
 
     def data(self, family: Family) -> bytes | None:
         link = self._links[family]

@@ -9,14 +9,15 @@ from collections.abc import Sequence
 
 import click
 
+from loden.cli._store import opened
 from loden.cli.run import GoFlags, make_option, read_given
 from loden.errors import ConfigError, LodenError
-from loden.options import FLAGS, AgentOptions, build, read_environment
+from loden.options import FLAGS, STORE_FLAGS, AgentOptions, build, read_environment
 
 _FLAGS = tuple(
     flag
     for flag in FLAGS
-    if flag.name in ("store", "subnet-file") or flag.name.startswith(("iface", "public-ip"))
+    if flag in STORE_FLAGS or flag.name == "subnet-file" or flag.name.startswith(("iface", "public-ip"))
 )
 
 
@@ -52,16 +53,16 @@ async def _make_plan(options: AgentOptions) -> Sequence[str]:
     from loden.backends.cloud import CloudBackend
     from loden.cloud_routes import CloudRoutes
     from loden.plan import make_plan, read_network
-    from loden.stores import open_store
     from loden.stores.acquire import Ask, Reuse, decide
     from loden.subnet_file import read_previous
     from loden.tables.netlink import Netlink
 
-    store = open_store(options.store, create=False)
+    store = opened(options.store)
     requests = Netlink()
     try:
         plan = await make_plan(options.selection, await read_network(store), requests)
-        if not isinstance(plan.backend, CloudBackend):
+        backend = next(iter(plan.backends.values()))
+        if not isinstance(backend, CloudBackend):
             raise ConfigError(
                 "Backend.Type",
                 f"{plan.host.network.backend_type} has no routes in a cloud",
@@ -75,8 +76,8 @@ async def _make_plan(options: AgentOptions) -> Sequence[str]:
                 hint="it gets one from 'loden run', and its route with it",
             )
         lease = decision.record.lease
-        routes = CloudRoutes(plan.backend, plan.host.network, store)
-        routes.stand(decision.record, [it for leg in lease.legs for it in plan.backend.own_entries(leg)])
+        routes = CloudRoutes(backend, plan.host.network, store)
+        routes.stand(decision.record, [it for leg in lease.legs for it in backend.own_entries(leg)])
         return await routes.preview()
     finally:
         requests.close()

@@ -4,31 +4,7 @@ yet."""
 
 import msgspec
 
-
-class Secret:
-    """A text that no log, traceback or representation shows.
-
-    Args:
-        text: itself.
-    """
-
-    __slots__ = ("_text",)
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-
-    def reveal(self) -> str:
-        """The text, for the one who has to send it."""
-        return self._text
-
-    def __repr__(self) -> str:
-        return "Secret(***)"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Secret) and other._text == self._text
-
-    def __hash__(self) -> int:
-        return hash(self._text)
+from loden.secret import Secret
 
 
 class Access(msgspec.Struct, frozen=True):
