@@ -44,7 +44,8 @@ struct peer4 {
 	__be16 port;
 	__u16 mtu;      /* most bytes of an inner packet; 0: whatever the TUN device carries */
 	__u32 device;   /* index of the outgoing interface; 0: let the engine find a way */
-	__u8 pad[CACHE_LINE - 12];
+	__u8 length;    /* of the subnet's prefix: a look-up from outside may find a wider one, another peer's */
+	__u8 pad[CACHE_LINE - 13];
 	__u64 tx_packets, tx_bytes;
 	__u8 pad2[CACHE_LINE - 16];
 	__u64 rx_packets, rx_bytes;
@@ -55,7 +56,8 @@ struct peer6 {
 	__be16 port;
 	__u16 mtu;
 	__u32 device;
-	__u8 pad[CACHE_LINE - 24];
+	__u8 length;
+	__u8 pad[CACHE_LINE - 25];
 	__u64 tx_packets, tx_bytes;
 	__u8 pad2[CACHE_LINE - 16];
 	__u64 rx_packets, rx_bytes;
@@ -95,7 +97,7 @@ struct {
 	__type(value, struct peer6);
 } peers6 SEC(".maps");
 
-/* Where any peer is reached: tells a stranger from a peer that lies about its source. */
+/* Where any peer is reached, and how many subnets are behind it: tells a stranger from a peer that lies. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);

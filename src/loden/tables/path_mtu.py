@@ -27,7 +27,7 @@ _DEST_UNREACHABLE, _FRAGMENTATION_NEEDED, _PACKET_TOO_BIG = 3, 4, 2
 _ICMP_BYTES = 8
 #: However many messages come, the ways to the peers are not asked for more often.
 _SPACING_S = 0.5
-_MOST_BYTES = 512
+_MOST_BYTES, _MOST_MESSAGES = 512, 256
 
 
 class PathMtuWatch:
@@ -71,11 +71,11 @@ class PathMtuWatch:
             asyncio.get_running_loop().add_reader(one, self._receive, family)
 
     def _receive(self, family: Family) -> None:
-        try:
-            packet = self._sockets[family].recv(_MOST_BYTES)
-        except OSError:
-            return
-        if is_too_big(family, packet, self._ports[family]):
+        came: list[bytes] = []
+        with suppress(OSError):
+            while len(came) < _MOST_MESSAGES:
+                came.append(self._sockets[family].recv(_MOST_BYTES))
+        if any(is_too_big(family, packet, self._ports[family]) for packet in came):
             loop = asyncio.get_running_loop()
             for one in self._sockets.values():
                 loop.remove_reader(one)

@@ -8,10 +8,10 @@ releases.
 
 import asyncio
 import errno as errnos
-import logging
 import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from loden.address import Family
@@ -27,7 +27,8 @@ from loden.tables.udp_carrier import Carrier, open_carrier
 if TYPE_CHECKING:
     from loden.tables.engine import Engine
 
-log = logging.getLogger(__name__)
+#: Peers that are put in one go: a few milliseconds.
+_BATCH = 512
 
 
 class TunnelTable:
@@ -223,11 +224,11 @@ class UdpPeerTable:
         return {subnet: wanted[subnet] if wanted.get(subnet) == peer else peer for subnet, peer in found}
 
     async def put(self, entries: Sequence[UdpPeer]) -> Failures:
-        return self._each(entries, Carrier.put, is_missing_a_failure=True)
+        return await self._each(entries, Carrier.put, is_missing_a_failure=True)
 
     async def drop(self, entries: Sequence[UdpPeer]) -> Failures:
         """What each look ends with, for this table, also where there is nothing to drop."""
-        failures = self._each(entries, Carrier.drop, is_missing_a_failure=False)
+        failures = await self._each(entries, Carrier.drop, is_missing_a_failure=False)
         await self._tunnels.peers_are_in()
         return failures
 
@@ -235,7 +236,7 @@ class UdpPeerTable:
         del message, wanted
         return None
 
-    def _each(
+    async def _each(
         self,
         entries: Sequence[UdpPeer],
         change: Callable[[Carrier, Iterable[UdpPeer]], Failures],
@@ -244,11 +245,13 @@ class UdpPeerTable:
     ) -> Failures:
         failures: Failures = {}
         for name in dict.fromkeys(entry.tunnel for entry in entries):
-            these = [entry for entry in entries if entry.tunnel == name]
-            carrier = self._tunnels.carrier(name)
-            if carrier is not None:
-                failures |= change(carrier, these)
-            elif is_missing_a_failure:
-                missing = KernelError("use", f"tunnel {name}", errnos.ENODEV, detail="it does not stand")
-                failures |= {entry.slot: missing for entry in these}
+            these = iter([entry for entry in entries if entry.tunnel == name])
+            missing = KernelError("use", f"tunnel {name}", errnos.ENODEV, detail="it does not stand")
+            while part := list(islice(these, _BATCH)):
+                carrier = self._tunnels.carrier(name)
+                if carrier is not None:
+                    failures |= change(carrier, part)
+                elif is_missing_a_failure:
+                    failures |= {entry.slot: missing for entry in part}
+                await asyncio.sleep(0)
         return failures

@@ -5,16 +5,15 @@
 
     struct settings { be32 own4; be32 own6[4]; be16 port; u8 allow_unknown; u8 pad; u32 tun; };
     struct subnet4  { u32 length; u8 address[4]; };
-    struct peer4    { u8 remote[4]; be16 port; u16 mtu; u32 device; u8 pad[52]; u64 tx_packets, tx_bytes;
-                      u8 pad2[48]; u64 rx_packets, rx_bytes; };
+    struct peer4    { u8 remote[4]; be16 port; u16 mtu; u32 device; u8 length; u8 pad[51];
+                      u64 tx_packets, tx_bytes; u8 pad2[48]; u64 rx_packets, rx_bytes; };
     struct subnet6  { u32 length; u8 address[16]; };
-    struct peer6    { u8 remote[16]; be16 port; u16 mtu; u32 device; u8 pad[40]; u64 tx_packets, tx_bytes;
-                      u8 pad2[48]; u64 rx_packets, rx_bytes; };
+    struct peer6    { u8 remote[16]; be16 port; u16 mtu; u32 device; u8 length; u8 pad[39];
+                      u64 tx_packets, tx_bytes; u8 pad2[48]; u64 rx_packets, rx_bytes; };
     struct remote   { u8 address[16]; be16 port; u16 pad; };
 """
 
 import struct
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -37,8 +36,9 @@ COUNTERS = (
 
 _SETTINGS = struct.Struct("=4s16s2sBxI")
 _SUBNET = {Family.IPV4: struct.Struct("=I4s"), Family.IPV6: struct.Struct("=I16s")}
-_PEER = {Family.IPV4: struct.Struct("=4s2sHI52x2Q48x2Q"), Family.IPV6: struct.Struct("=16s2sHI40x2Q48x2Q")}
+_PEER = {Family.IPV4: struct.Struct("=4s2sHIB51x2Q48x2Q"), Family.IPV6: struct.Struct("=16s2sHIB39x2Q48x2Q")}
 _REMOTE = struct.Struct("=16s2s2x")
+_COUNT = struct.Struct("=I")
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -101,8 +101,6 @@ class FastPath:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._object = Object(_IMAGE.read_bytes(), settings.pack())
-        self._remotes: Counter[bytes] = Counter()  # how many subnets are behind each
-        self._behind: dict[Prefix, bytes] = {}  # subnet → its key in the map of remotes
 
     @property
     def encapsulate(self) -> Program:
@@ -126,19 +124,16 @@ class FastPath:
         Raises:
             KernelError: the map is full, or the kernel refused.
         """
-        family = peer.subnet.family
-        remote = _REMOTE.pack(peer.remote, peer.port.to_bytes(2, "big"))
-        before = self._behind.get(peer.subnet)
-        key = _key(peer.subnet)
-        standing = self._peers(family).get(key) if before else None
-        counted = _PEER[family].unpack(standing)[4:] if standing else (0, 0, 0, 0)
-        value = _PEER[family].pack(peer.remote, peer.port.to_bytes(2, "big"), peer.mtu, index, *counted)
-        self._object.maps["remotes"].put(remote, struct.pack("=I", 1))
-        self._peers(family).put(key, value)
-        if before != remote:
-            self._behind[peer.subnet] = remote
-            self._remotes[remote] += 1
-            self._let_go(before)
+        family, port = peer.subnet.family, peer.port.to_bytes(2, "big")
+        before = self._standing(peer.subnet)
+        is_moved = before is None or (before.remote, before.port) != (peer.remote, peer.port)
+        if is_moved:
+            self._count_remote(peer.remote, peer.port, 1)
+        counted = msgspec.structs.astuple(before.traffic) if before is not None else (0, 0, 0, 0)
+        value = _PEER[family].pack(peer.remote, port, peer.mtu, index, peer.subnet.length, *counted)
+        self._peers(family).put(_key(peer.subnet), value)
+        if is_moved and before is not None:
+            self._count_remote(before.remote, before.port, -1)
 
     def drop(self, subnet: Prefix) -> None:
         """Remove a peer; one that is not there counts as removed.
@@ -146,8 +141,10 @@ class FastPath:
         Raises:
             KernelError: the kernel refused.
         """
-        self._peers(subnet.family).delete(_key(subnet))
-        self._let_go(self._behind.pop(subnet, None))
+        standing = self._standing(subnet)
+        if standing is not None:
+            self._peers(subnet.family).delete(_key(subnet))
+            self._count_remote(standing.remote, standing.port, -1)
 
     def peers(self) -> Iterable[Standing]:
         """Every peer that the maps hold.
@@ -157,16 +154,8 @@ class FastPath:
         """
         for family in Family:
             for key, value in self._peers(family).items():
-                length, address = _SUBNET[family].unpack(key)
-                remote, port, mtu, index, *traffic = _PEER[family].unpack(value)
-                yield Standing(
-                    Prefix(address, length),
-                    remote,
-                    int.from_bytes(port, "big"),
-                    index,
-                    mtu,
-                    Traffic(*traffic),
-                )
+                _length, address = _SUBNET[family].unpack(key)
+                yield _parse(address, value)
 
     def counters(self) -> dict[str, int]:
         """What happened to packets since the programs were loaded, by name, of all CPUs.
@@ -183,14 +172,28 @@ class FastPath:
     def _peers(self, family: Family) -> Map:
         return self._object.maps["peers4" if family is Family.IPV4 else "peers6"]
 
-    def _let_go(self, remote: bytes | None) -> None:
-        if remote is None:
-            return
-        self._remotes[remote] -= 1
-        if not self._remotes[remote]:
-            del self._remotes[remote]
-            self._object.maps["remotes"].delete(remote)
+    def _standing(self, subnet: Prefix) -> Standing | None:
+        """The peer of a subnet, and not that of a wider one, which a look-up finds where there is none."""
+        value = self._peers(subnet.family).get(_key(subnet))
+        found = _parse(subnet.address, value) if value is not None else None
+        return found if found is not None and found.subnet == subnet else None
+
+    def _count_remote(self, address: bytes, port: int, by: int) -> None:
+        """One subnet more, or less, is behind a remote; the map itself keeps the count."""
+        remotes, key = self._object.maps["remotes"], _REMOTE.pack(address, port.to_bytes(2, "big"))
+        count = _COUNT.unpack(remotes.get(key) or bytes(_COUNT.size))[0] + by
+        if count > 0:
+            remotes.put(key, _COUNT.pack(count))
+        else:
+            remotes.delete(key)
 
 
 def _key(subnet: Prefix) -> bytes:
     return _SUBNET[subnet.family].pack(subnet.length, subnet.address)
+
+
+def _parse(address: bytes, value: bytes) -> Standing:
+    """A peer as its value and the first address of its subnet tell it."""
+    remote, port, mtu, index, length, *traffic = _PEER[Family.of(address)].unpack(value)
+    subnet = Prefix.of(address, length)
+    return Standing(subnet, remote, int.from_bytes(port, "big"), index, mtu, Traffic(*traffic))
