@@ -89,24 +89,22 @@ def wire() -> Iterator[None]:
                 ],
                 side,
             )
-        _wait_until_usable()
+        for side in SIDES:
+            _wait_until_usable(side, side.wire(Family.IPV6))
         yield
     finally:
         run_ip([f"netns del {side.namespace}" for side in SIDES])
 
 
-def _wait_until_usable() -> None:
+def _wait_until_usable(side: Side, address: bytes) -> None:
     """The kernel takes an IPv6 address into use when it has noticed the carrier."""
-    for side in SIDES:
-        address = format_address(side.wire(Family.IPV6))
-        command = ("ip", "-netns", side.namespace, "-6", "route", "show", "table", "local", "type", "local")
-        deadline = time.monotonic() + _PATIENCE_S
-        while (
-            f"{address} " not in subprocess.run(command, capture_output=True, text=True, check=False).stdout
-        ):
-            if time.monotonic() > deadline:
-                raise LabError(f"make a wire: {address} is not usable after {_PATIENCE_S:g} s")
-            time.sleep(0.01)
+    text = format_address(address)
+    command = ("ip", "-netns", side.namespace, "-6", "route", "show", "table", "local", "type", "local")
+    deadline = time.monotonic() + _PATIENCE_S
+    while f"{text} " not in subprocess.run(command, capture_output=True, text=True, check=False).stdout:
+        if time.monotonic() > deadline:
+            raise LabError(f"use {text} in {side.namespace}: not possible after {_PATIENCE_S:g} s")
+        time.sleep(0.01)
 
 
 def run_ip(lines: Sequence[str], side: Side | None = None) -> None:
@@ -192,6 +190,7 @@ def engine_on(
         lines.append(f"address add {format_address(own.address)}/{family.bits} dev flannel0 {nodad}")
         lines.append(f"route add {whole} dev flannel0 src {format_address(own.address)}")
     run_ip(lines, side)
+    _wait_until_usable(side, side.subnet(Family.IPV6).address)
     engine.change([peer_of(other_of(side), family, outer=outer) for family in Family], ())
     engine.start()
     return engine

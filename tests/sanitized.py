@@ -16,7 +16,8 @@ _FLAGS = ("-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fn
 # The interpreter was not built for it, so the library has to be there before it; and the module stands in the
 # place of the usual one from the start.
 _START = """
-import importlib.util, sys
+import importlib.util, os, sys
+del os.environ["LD_PRELOAD"]  # for this process alone, not for those that it starts
 spec = importlib.util.spec_from_file_location("loden._engine", {module!r})
 module = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = module
