@@ -690,8 +690,7 @@ static PyObject *module_icmp(PyObject *module, PyObject *args)
 		PyErr_SetString(PyExc_ValueError, "source is not of the packet's family");
 		return NULL;
 	}
-	return bytes_of(out, packet_icmp(&packet, packet.length, mtu == 0 ? ICMP_NO_ROUTE : ICMP_TOO_BIG, mtu, source,
-					 out));
+	return bytes_of(out, packet_icmp(&packet, mtu == 0 ? ICMP_NO_ROUTE : ICMP_TOO_BIG, mtu, source, out));
 }
 
 static void free_table(struct table **table)

@@ -739,7 +739,7 @@ size_t packet_fragment(const struct packet *packet, uint32_t mtu, uint32_t *offs
 
 /* Errors */
 
-static bool is_icmp_wanted_ipv4(const struct packet *packet, size_t available, enum icmp kind)
+static bool is_icmp_wanted_ipv4(const struct packet *packet, enum icmp kind)
 {
 	const uint8_t *source = packet_source(packet), *target = packet_target(packet);
 	uint8_t type;
@@ -748,13 +748,13 @@ static bool is_icmp_wanted_ipv4(const struct packet *packet, size_t available, e
 		return false;
 	if (packet->protocol != IPPROTO_ICMP)
 		return true;
-	if (kind == ICMP_NO_ROUTE || available <= packet->network)
+	if (kind == ICMP_NO_ROUTE || packet->length <= packet->network)
 		return false; /* as flannel: none about any ICMP */
 	type = packet->data[packet->network];
 	return !(type == 3 || type == 4 || type == 5 || type == 11 || type == 12);
 }
 
-static bool is_icmp_wanted_ipv6(const struct packet *packet, size_t available, enum icmp kind)
+static bool is_icmp_wanted_ipv6(const struct packet *packet, enum icmp kind)
 {
 	static const uint8_t unspecified[16] = {0};
 	const uint8_t *source = packet_source(packet), *target = packet_target(packet);
@@ -766,7 +766,7 @@ static bool is_icmp_wanted_ipv6(const struct packet *packet, size_t available, e
 		return false;
 	if (packet->protocol != IPPROTO_ICMPV6)
 		return true;
-	if (available <= packet->network)
+	if (packet->length <= packet->network)
 		return false;
 	type = packet->data[packet->network];
 	return type >= 128 && type != 137; /* no errors about errors and redirects */
@@ -811,18 +811,14 @@ static size_t icmp_ipv6(const struct packet *packet, size_t quoted, enum icmp ki
 	return IPV6_HEADER + length;
 }
 
-size_t packet_icmp(const struct packet *packet, size_t available, enum icmp kind, uint32_t mtu, const uint8_t *source,
-		   uint8_t *out)
+size_t packet_icmp(const struct packet *packet, enum icmp kind, uint32_t mtu, const uint8_t *source, uint8_t *out)
 {
 	bool is_ipv4 = packet->version == 4;
 	size_t quoted = is_ipv4 ? packet->network + 8u : ICMP_MAX - IPV6_HEADER - ICMP_HEADER;
-	bool is_wanted = is_ipv4 ? is_icmp_wanted_ipv4(packet, available, kind)
-				 : is_icmp_wanted_ipv6(packet, available, kind);
+	bool is_wanted = is_ipv4 ? is_icmp_wanted_ipv4(packet, kind) : is_icmp_wanted_ipv6(packet, kind);
 
 	if (packet->is_later || !is_wanted)
 		return 0;
-	if (quoted > available)
-		quoted = available;
 	if (quoted > packet->length)
 		quoted = packet->length;
 	memset(out, 0, IPV6_HEADER + ICMP_HEADER);

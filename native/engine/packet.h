@@ -166,11 +166,10 @@ enum icmp {
 /*
  * The ICMP error that a packet deserves, of the packet's family.
  *
- * available: bytes at packet->data, the network header at least; of IPv4, its header and 8 bytes are quoted.
+ * Of IPv4, its header and 8 bytes are quoted; of IPv6, as much as fits.
  * source: 4 or 16 bytes. out: ICMP_MAX bytes.
  * Returns its bytes, 0 when it deserves none: RFC 1122 section 3.2.2, RFC 4443 section 2.4 (e).
  */
-size_t packet_icmp(const struct packet *packet, size_t available, enum icmp kind, uint32_t mtu, const uint8_t *source,
-		   uint8_t *out);
+size_t packet_icmp(const struct packet *packet, enum icmp kind, uint32_t mtu, const uint8_t *source, uint8_t *out);
 
 #endif

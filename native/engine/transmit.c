@@ -189,7 +189,7 @@ static bool too_big(struct transmitter *transmitter, const struct peer *peer, co
 	if (!packet->dont_fragment && send_fragments(transmitter, peer, packet, mtu))
 		return true;
 	worker_drop(worker, DROP_TOO_BIG, packets);
-	worker_icmp(worker, packet, packet->length, ICMP_TOO_BIG, mtu);
+	worker_icmp(worker, packet, ICMP_TOO_BIG, mtu);
 	worker_tell(worker);
 	return false;
 }
@@ -480,7 +480,7 @@ static enum drop take(struct transmitter *transmitter, const struct offload *off
 		return reason;
 	peer = peer_of(transmitter, &packet);
 	if (peer == NULL) {
-		worker_icmp(transmitter->worker, &packet, packet.length, ICMP_NO_ROUTE, 0);
+		worker_icmp(transmitter->worker, &packet, ICMP_NO_ROUTE, 0);
 		return DROP_NO_ROUTE;
 	}
 	if (socket_of(transmitter, peer) < 0)

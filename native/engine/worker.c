@@ -124,7 +124,7 @@ static bool is_icmp_due(struct worker *worker)
 	return true;
 }
 
-void worker_icmp(struct worker *worker, const struct packet *packet, size_t available, enum icmp kind, uint32_t mtu)
+void worker_icmp(struct worker *worker, const struct packet *packet, enum icmp kind, uint32_t mtu)
 {
 	const struct engine *engine = worker->engine;
 	const struct offload plain = {.type = OFFLOAD_NONE};
@@ -134,7 +134,7 @@ void worker_icmp(struct worker *worker, const struct packet *packet, size_t avai
 
 	if (!(packet->version == 4 ? engine->has_source4 : engine->has_source6))
 		return;
-	piece.iov_len = packet_icmp(packet, available, kind, mtu, source, answer);
+	piece.iov_len = packet_icmp(packet, kind, mtu, source, answer);
 	if (piece.iov_len == 0)
 		return;
 	if (!is_icmp_due(worker)) {

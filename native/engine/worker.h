@@ -69,7 +69,7 @@ void worker_tell(struct worker *worker);
 int worker_write(struct worker *worker, const struct offload *offload, struct iovec *pieces, size_t count);
 
 /* Answer a packet with an ICMP error, if it deserves one and there were not too many. */
-void worker_icmp(struct worker *worker, const struct packet *packet, size_t available, enum icmp kind, uint32_t mtu);
+void worker_icmp(struct worker *worker, const struct packet *packet, enum icmp kind, uint32_t mtu);
 
 static inline void traffic_add(atomic_uint_least64_t *count, uint64_t more)
 {

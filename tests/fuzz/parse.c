@@ -11,13 +11,13 @@ static void answer(const struct packet *packet, uint32_t mtu)
 
 	REQUIRE(out != NULL);
 	for (int kind = ICMP_NO_ROUTE; kind <= ICMP_TOO_BIG; kind++) {
-		size_t length = packet_icmp(packet, packet->length, (enum icmp)kind, mtu, source, out);
+		size_t length = packet_icmp(packet, (enum icmp)kind, mtu, source, out);
 
 		REQUIRE(length <= ICMP_MAX);
 		if (length > 0) {
 			REQUIRE(packet_parse(&again, out, length) == DROP_NONE);
 			REQUIRE(again.length == length);
-			REQUIRE(packet_icmp(&again, length, (enum icmp)kind, mtu, source, out) == 0);
+			REQUIRE(packet_icmp(&again, (enum icmp)kind, mtu, source, out) == 0);
 		}
 	}
 	free(out);

@@ -471,6 +471,12 @@ def test_datagrams_without_checksum_or_with_one_ident_are_merged_where_it_can_be
         assert len(require_same_as_reference(made)) == wanted
 
 
+def test_identifications_that_stand_and_then_go_on_are_two_packets() -> None:
+    made = [Ip4(ident=ident, inner=Udp(payload=bytes([n]) * 64)) for n, ident in enumerate((5, 5, 6, 7, 7))]
+    assert [len(group) for group in packets.merge(made)] == [2, 2, 1]
+    assert len(require_same_as_reference(made)) == 3
+
+
 def test_more_flows_than_places_lose_nothing() -> None:
     made = [
         Ip6(inner=Udp(source=1000 + number % 20, payload=struct.pack("!I", number))) for number in range(200)

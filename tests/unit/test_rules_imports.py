@@ -82,6 +82,11 @@ def test_imports_point_down(module: str, path: Path) -> None:
         assert target == own or is_below, f"{module} imports {other}"
 
 
+def test_one_module_touches_the_packet_engine() -> None:
+    users = {module for module, path in modules() if "loden._engine" in imported(path)}
+    assert users == {"loden.tables.engine"}
+
+
 @pytest.mark.skipif(importlib.util.find_spec("loden.agent") is None, reason="there is no agent yet")
 def test_agent_does_not_load_what_only_commands_need() -> None:
     script = "import sys, loden.agent; print(*sys.modules)"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDERS = ("src", "tests", "bench", "scripts", ".ci")
+FOLDERS = ("src", "native", "tests", "bench", "scripts", ".ci")
 SPDX = "SPDX-License-Identifier: Apache-2.0"
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -49,7 +49,9 @@ def test_tools_have_nothing_to_say(command: str) -> None:
 
 def test_every_file_says_its_licence() -> None:
     code = [
-        path for path in files(*FOLDERS) if path.suffix in (".py", ".c", ".h", "") and path.stat().st_size
+        path
+        for path in files(*FOLDERS)
+        if path.suffix in (".py", ".pyi", ".c", ".h", "") and path.stat().st_size
     ]
     assert [str(path) for path in code if SPDX not in "\n".join(path.read_text().splitlines()[:2])] == []
 
