@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packets through two engines; ``test_engine_old_kernel.py`` runs it with ``old_kernel.c`` before the kernel."""
+"""Packets through two engines; ``test_engine_old_kernel.py`` runs it with ``old_kernel.c`` loaded."""
 
 import random
 import socket
