@@ -157,8 +157,11 @@ def open_udp(family: Family, port: int) -> socket.socket:
         found.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _IP_PMTUDISC_DO)
     else:
         found.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DO)
-    for option in (_SO_SNDBUFFORCE, _SO_RCVBUFFORCE):
-        found.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+    for forced, usual in ((_SO_SNDBUFFORCE, socket.SO_SNDBUF), (_SO_RCVBUFFORCE, socket.SO_RCVBUF)):
+        try:
+            found.setsockopt(socket.SOL_SOCKET, forced, _BUFFER_BYTES)
+        except PermissionError:  # root in a user namespace: as much as the system allows
+            found.setsockopt(socket.SOL_SOCKET, usual, _BUFFER_BYTES)
     found.bind(("", port))
     return found
 

@@ -7,8 +7,10 @@
 #include <string.h>
 #include <unistd.h>
 
-/* ICMP errors of one worker: RFC 4443 section 2.4 (f) wants a limit, RFC 1812 section 4.3.2.8 the same. */
-enum { ICMP_PER_SECOND = 1000 };
+enum {
+	ICMP_PER_SECOND = 1000, /* RFC 4443 section 2.4 (f) wants a limit, RFC 1812 section 4.3.2.8 the same */
+	NEWS_PER_SECOND = 100,
+};
 
 /*
  * The table is written down before it is used, and is the right one only if it still is the table afterwards:
@@ -65,13 +67,29 @@ void worker_drop(struct worker *worker, enum drop reason, uint64_t packets)
 	worker_count(worker, (enum counter)(COUNT_DROPS + (unsigned int)reason), packets);
 }
 
-void worker_tell(struct worker *worker)
+static bool is_due(struct ration *ration, unsigned int per_second)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+	if (now.tv_sec != ration->second)
+		*ration = (struct ration){.second = now.tv_sec};
+	return ration->used < per_second && ++ration->used;
+}
+
+static void tell(struct worker *worker)
 {
 	const uint64_t one = 1;
 	/* It cannot fail but by being full, and then it is readable already. */
 	ssize_t ignored = write(worker->engine->news_event, &one, sizeof(one));
 
 	(void)ignored;
+}
+
+void worker_tell(struct worker *worker)
+{
+	if (is_due(&worker->news, NEWS_PER_SECOND))
+		tell(worker);
 }
 
 void worker_fail(struct worker *worker, int error, const char *what)
@@ -84,7 +102,7 @@ void worker_fail(struct worker *worker, int error, const char *what)
 		snprintf(engine->failure.what, sizeof(engine->failure.what), "%s", what);
 	}
 	pthread_mutex_unlock(&engine->failing);
-	worker_tell(worker);
+	tell(worker);
 }
 
 int worker_write(struct worker *worker, const struct offload *offload, struct iovec *pieces, size_t count)
@@ -109,21 +127,6 @@ int worker_write(struct worker *worker, const struct offload *offload, struct io
 	return -errno;
 }
 
-static bool is_icmp_due(struct worker *worker)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
-	if (now.tv_sec != worker->icmp_since.tv_sec) {
-		worker->icmp_since = now;
-		worker->icmp_left = ICMP_PER_SECOND;
-	}
-	if (worker->icmp_left == 0)
-		return false;
-	worker->icmp_left--;
-	return true;
-}
-
 void worker_icmp(struct worker *worker, const struct packet *packet, enum icmp kind, uint32_t mtu)
 {
 	const struct engine *engine = worker->engine;
@@ -137,7 +140,7 @@ void worker_icmp(struct worker *worker, const struct packet *packet, enum icmp k
 	piece.iov_len = packet_icmp(packet, kind, mtu, source, answer);
 	if (piece.iov_len == 0)
 		return;
-	if (!is_icmp_due(worker)) {
+	if (!is_due(&worker->icmp, ICMP_PER_SECOND)) {
 		worker_count(worker, COUNT_ICMP_LIMITED, 1);
 		return;
 	}

@@ -8,6 +8,12 @@
 #include <pthread.h>
 #include <time.h>
 
+/* So many in a second. */
+struct ration {
+	time_t second;
+	unsigned int used;
+};
+
 struct worker {
 	struct engine *engine;
 	void (*run)(struct worker *worker);
@@ -17,8 +23,7 @@ struct worker {
 	int tun;
 	int udp[2]; /* IPv4, IPv6; -1: none. A receiver's own is the first. */
 	int probe[2];
-	unsigned int icmp_left;
-	struct timespec icmp_since;
+	struct ration icmp, news;
 	/*
 	 * The table that this worker may be looking at: it is not freed as long as it stands here (a hazard
 	 * pointer). NULL whenever the worker waits, so that waiting workers hold nothing.
@@ -63,6 +68,7 @@ bool worker_should_stop(const struct worker *worker);
 void worker_count(struct worker *worker, enum counter counter, uint64_t more);
 void worker_drop(struct worker *worker, enum drop reason, uint64_t packets);
 void worker_fail(struct worker *worker, int error, const char *what);
+/* Make the eventfd readable because of a packet; not so often that its reader had nothing else to do. */
 void worker_tell(struct worker *worker);
 
 /* Write one packet to the TUN device: 0, or a negative errno; -EBADFD: the device is gone, and said so. */
