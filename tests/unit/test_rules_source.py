@@ -102,6 +102,71 @@ def test_tasks_start_in_groups_only() -> None:
     assert found == []
 
 
+#: What only one module does (ARCHITECTURE.md), and how it shows in a line of code.
+_GATES = {
+    "src/loden/tables/bpf.py": r"libbpf|\bbpf_[a-z]+|\bsyscall\b",
+    "src/loden/tables/engine.py": r"\b_engine\b",
+    "src/loden/tables/netlink.py": r"\bAF_NETLINK\b",
+}
+
+
+def without_prose(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Every name and every text in a module, with its line; docstrings left out."""
+    prose = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | Function)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            yield node.lineno, node.value
+        elif isinstance(node, ast.Attribute):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.Name):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.alias):
+            yield node.lineno, node.name
+        elif isinstance(node, ast.ImportFrom):
+            yield node.lineno, str(node.module)
+
+
+@pytest.mark.parametrize("gate", _GATES, ids=lambda gate: Path(gate).stem)
+def test_one_module_alone_goes_to_the_kernel_by_each_way(gate: str) -> None:
+    """One calls bpf(2), one touches the packet engine, one opens AF_NETLINK."""
+    seen = {
+        f"{path}:{line}": str(path)
+        for path, tree in python("src")
+        for line, text in without_prose(tree)
+        if re.search(_GATES[gate], text)
+    }
+    assert gate in seen.values(), "the pattern finds nothing any more"
+    assert [place for place, path in seen.items() if path != gate] == []
+
+
+def c_code() -> Iterator[tuple[str, str]]:
+    """Every line of C, comments and texts taken out, with the place to name."""
+    for path in files("native"):
+        if path.suffix in (".c", ".h"):
+            text = re.sub(
+                r"/\*.*?\*/|//[^\n]*|\"(?:\\.|[^\"\\])*\"",
+                lambda match: "\n" * match[0].count("\n"),
+                path.read_text(),
+                flags=re.DOTALL,
+            )
+            for number, line in enumerate(text.splitlines(), 1):
+                yield f"{path}:{number}", line
+
+
+def test_c_never_ends_the_process_and_copies_nothing_unbounded() -> None:
+    """It is a library: what it cannot do is the caller's to hear of."""
+    banned = re.compile(r"\b(exit|_exit|abort|assert|strcpy|strcat|sprintf|vsprintf|gets|alloca)\s*\(")
+    lines = list(c_code())
+    assert lines
+    assert [place for place, line in lines if banned.search(line)] == []
+
+
 def documented(docstring: str) -> set[str]:
     """The names in the ``Args:`` of a docstring; ``a, b: text`` names two."""
     match = re.search(r"^( *)Args:\n((?:\1 +.*\n?|\n)*)", docstring, re.MULTILINE)
