@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
+import pytest
+
 from loden.address import Family, Prefix, format_address, parse_address
 from loden.reconcile import Reconciler
 from loden.tables.addresses import AddressTable
@@ -244,3 +246,10 @@ def run(work: Awaitable[T]) -> T:
             return await work
 
     return asyncio.run(bounded())
+
+
+def require_bpf() -> None:
+    """Skip where the kernel takes no programs of us: that needs privileges in its first user namespace."""
+    with open("/proc/self/uid_map", encoding="ascii") as file:
+        if file.read().split() != ["0", "0", "4294967295"]:
+            pytest.skip("eBPF programs need root, outside of user namespaces")
