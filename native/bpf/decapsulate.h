@@ -8,16 +8,37 @@
 
 #include "encapsulate.h"
 
+/* What has to be behind an inner header where the outer one has a checksum; all that containers send has it. */
+#define FIRST_BYTES 8
+
 /* A sender of which no peer with this inner source is known: a stranger, or a peer that lies. */
 static inline int refuse(const struct remote *from)
 {
 	return drop(bpf_map_lookup_elem(&remotes, from) ? DROP_SPOOFED : DROP_UNKNOWN);
 }
 
-/* Take the outer headers away and hand the rest to the TUN device. */
-static inline int deliver(struct __sk_buff *skb, __u32 headers, __u32 length)
+/*
+ * Take the outer headers away. A sender at the other end of a virtual wire leaves the outer checksum to be filled in
+ * by the card (CHECKSUM_PARTIAL), and it would be, where that header is no more. The kernel forgets of it when the
+ * place lies in front of the packet (skb_postpull_rcsum): it does when a few bytes more go, which then come back.
+ */
+static inline long strip(struct __sk_buff *skb, __u32 headers, bool has_sum)
 {
-	if (bpf_skb_adjust_room(skb, -(__s32)headers, BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO))
+	const __u64 flags = BPF_F_ADJ_ROOM_FIXED_GSO;
+	__u32 first[FIRST_BYTES / 4];
+
+	if (!has_sum)
+		return bpf_skb_adjust_room(skb, -(__s32)headers, BPF_ADJ_ROOM_MAC, flags);
+	return bpf_skb_load_bytes(skb, ETH_HLEN + headers, first, sizeof(first)) ||
+	       bpf_skb_adjust_room(skb, -(__s32)(headers + sizeof(first)), BPF_ADJ_ROOM_MAC, flags) ||
+	       bpf_skb_adjust_room(skb, sizeof(first), BPF_ADJ_ROOM_MAC, flags) ||
+	       bpf_skb_store_bytes(skb, ETH_HLEN, first, sizeof(first), BPF_F_RECOMPUTE_CSUM);
+}
+
+/* Hand what is in the outer headers to the TUN device. */
+static inline int deliver(struct __sk_buff *skb, __u32 headers, __u32 length, bool has_sum)
+{
+	if (strip(skb, headers, has_sum))
 		return drop(DROP_FAILED);
 	count(RX_PACKETS, 1);
 	count(RX_BYTES, length);
@@ -31,6 +52,7 @@ static inline int decapsulate4(struct __sk_buff *skb)
 	struct iphdr *inner;
 	struct subnet4 from = { .length = 32 };
 	struct peer4 *peer;
+	bool has_sum;
 	__u32 length;
 
 	/* Up to the end of the inner header, where the packet has so much: some drivers leave it in fragments. */
@@ -56,7 +78,9 @@ static inline int decapsulate4(struct __sk_buff *skb)
 	if (!skb->gso_size && bpf_ntohs(inner->tot_len) > length)
 		return drop(DROP_LENGTH);
 	/* Options, bytes behind the packet, several datagrams that the card has merged into one (UDP GRO). */
-	if (inner->ihl != sizeof(*inner) / 4 || bpf_ntohs(inner->tot_len) != length)
+	has_sum = outer->udp.check;
+	if (inner->ihl != sizeof(*inner) / 4 || bpf_ntohs(inner->tot_len) != length ||
+	    (has_sum && length < sizeof(*inner) + FIRST_BYTES))
 		return pass(FROM_ENGINE);
 	if (header_sum(inner) != 0xffff)
 		return drop(DROP_CHECKSUM);
@@ -76,7 +100,7 @@ static inline int decapsulate4(struct __sk_buff *skb)
 	age4(inner);
 	if (peer)
 		note(peer, rx, length);
-	return deliver(skb, headers, length);
+	return deliver(skb, headers, length, has_sum);
 }
 
 static inline int decapsulate6(struct __sk_buff *skb)
@@ -86,6 +110,7 @@ static inline int decapsulate6(struct __sk_buff *skb)
 	struct ipv6hdr *inner;
 	struct subnet6 from = { .length = 128 };
 	struct peer6 *peer;
+	bool has_sum;
 	__u32 length;
 
 	if (skb->data_end - skb->data < ETH_HLEN + headers + sizeof(*inner) &&
@@ -106,7 +131,9 @@ static inline int decapsulate6(struct __sk_buff *skb)
 	length = skb->len - ETH_HLEN - headers;
 	if (!skb->gso_size && bpf_ntohs(inner->payload_len) + sizeof(*inner) > length)
 		return drop(DROP_LENGTH);
-	if (bpf_ntohs(inner->payload_len) + sizeof(*inner) != length)
+	has_sum = outer->udp.check;
+	if (bpf_ntohs(inner->payload_len) + sizeof(*inner) != length ||
+	    (has_sum && length < sizeof(*inner) + FIRST_BYTES))
 		return pass(FROM_ENGINE);
 
 	copy6(from.address, inner->saddr.in6_u.u6_addr32);
@@ -124,7 +151,7 @@ static inline int decapsulate6(struct __sk_buff *skb)
 	inner->hop_limit--;
 	if (peer)
 		note(peer, rx, length);
-	return deliver(skb, headers, length);
+	return deliver(skb, headers, length, has_sum);
 }
 
 SEC("tc")

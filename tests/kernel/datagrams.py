@@ -113,10 +113,11 @@ class Wire(msgspec.Struct, frozen=True):
         port: int = 8285,
         target: str | None = None,
         target_port: int | None = None,
+        check: int = 0,
         **changed: Any,
     ) -> bytes:
         """The frame that brings a packet here."""
-        outer = udp(port, self.port if target_port is None else target_port, inner)
+        outer = udp(port, self.port if target_port is None else target_port, inner, check=check)
         changed.setdefault("protocol", IP_PROTOCOL_UDP)
         return ethernet(self.packet(source, target or self.own, outer, **changed))
 
@@ -161,24 +162,31 @@ class Wire(msgspec.Struct, frozen=True):
         if is_ipv4 and int.from_bytes(outer[6:8], "big") & 0x3FFF:
             return "from_engine"
         inner = outer[self.headers :]
-        return self._fault(inner) or self._lie(inner, source, port, allow_unknown=allow_unknown) or inner
+        has_checksum = outer[self.headers - 2 : self.headers] != bytes(2)
+        return (
+            self._fault(inner, has_checksum=has_checksum)
+            or self._lie(inner, source, port, allow_unknown=allow_unknown)
+            or inner
+        )
 
-    def _fault(self, inner: bytes) -> str:
-        """What is wrong with a packet in itself."""
+    def _fault(self, inner: bytes, *, has_checksum: bool) -> str:
+        """What is wrong with a packet in itself, or takes more than a look."""
         least = 20 if self.family is Family.IPV4 else 40
         if len(inner) < least:
             return "drop_truncated"
         if inner[0] >> 4 != (4 if self.family is Family.IPV4 else 6):
             return "drop_version"
         if self.family is Family.IPV6:
-            length = 40 + int.from_bytes(inner[4:6], "big")
-            return "drop_length" if length > len(inner) else "from_engine" if length < len(inner) else ""
-        length, words = int.from_bytes(inner[2:4], "big"), inner[0] & 0xF
-        if words < 5 or length > len(inner):
+            length, words = 40 + int.from_bytes(inner[4:6], "big"), 10
+        else:
+            length, words = int.from_bytes(inner[2:4], "big"), inner[0] & 0xF
+        if words * 4 < least or length > len(inner):
             return "drop_length"
-        if words > 5 or length < len(inner):
+        # Where a socket's checksum has to be taken off, the program needs a few bytes behind the header.
+        if words * 4 > least or length < len(inner) or (has_checksum and len(inner) < least + 8):
             return "from_engine"
-        return "" if ones_sum(inner[:20]) == 0xFFFF else "drop_checksum"
+        is_right = self.family is Family.IPV6 or ones_sum(inner[:20]) == 0xFFFF
+        return "" if is_right else "drop_checksum"
 
     def _lie(self, inner: bytes, source: bytes, port: int, *, allow_unknown: bool) -> str:
         """What is wrong with who sent it."""

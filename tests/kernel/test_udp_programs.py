@@ -103,6 +103,15 @@ class TestSender:
         assert out == ethernet(host.wire.older(packet))
         assert counted == {"rx_packets": 1, "rx_bytes": len(packet)}
 
+    @pytest.mark.parametrize("size", [8, 9, 1400])
+    def test_datagram_with_a_checksum_is_taken_in(self, host: Host, size: int) -> None:
+        """As sockets send them: flannel's, and the engine's."""
+        packet = inner(host.wire, (bytes(range(200)) * 8)[:size])
+        assert host.check(arriving(host.wire, packet, check=1)) == {
+            "rx_packets": 1,
+            "rx_bytes": len(packet),
+        }
+
     def test_unknown_sender_is_dropped(self, host: Host) -> None:
         assert host.check(host.wire.datagram(inner(host.wire), source=host.wire.stranger)) == {
             "drop_unknown_peer": 1
@@ -219,6 +228,11 @@ class TestForTheEngine:
         assert (verdict, counted) == (UNSPEC, {"from_engine": 1})
         assert out == arriving(host.wire, packet * 2)
 
+    @pytest.mark.parametrize("size", [0, 7])
+    def test_datagram_with_a_checksum_around_hardly_anything(self, host: Host, size: int) -> None:
+        packet = inner(host.wire, bytes(size))
+        assert host.check(arriving(host.wire, packet, check=1)) == {"from_engine": 1}
+
 
 class TestBroken:
     def test_cut_at_every_length(self, host: Host) -> None:
@@ -308,13 +322,14 @@ def sk_buff(*, gso_size: int = 0, gso_segs: int = 0) -> bytes:
 def frames(wire: Wire) -> st.SearchStrategy[bytes]:
     """Datagrams for us, many of them as they should be; and some with bits turned over, or cut off."""
     whole = st.builds(
-        lambda number, ttl, payload, trailing: arriving(
-            wire, inner(wire, payload, number=number, ttl=ttl) + trailing, number=number
+        lambda number, ttl, payload, trailing, check: arriving(
+            wire, inner(wire, payload, number=number, ttl=ttl) + trailing, number=number, check=check
         ),
         st.integers(0, 2),
         st.integers(0, 255),
         st.binary(max_size=1400),
         st.one_of(st.just(b""), st.binary(max_size=3)),
+        st.sampled_from([0, 1, 0xFFFF]),
     )
     anything = st.builds(lambda payload: arriving(wire, payload), st.binary(max_size=200))
     # Bits of the headers; the addresses of Ethernet are nobody's business.
@@ -342,7 +357,7 @@ def broken(wire: Wire, frame: bytes, bits: list[int], less: int) -> bytes:
 
 @given(data=st.data())
 @settings(
-    max_examples=300,
+    max_examples=150,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
