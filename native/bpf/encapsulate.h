@@ -37,7 +37,8 @@ static inline __u32 wire_length(const struct __sk_buff *skb, __u32 header)
 
 static inline bool fits(const struct __sk_buff *skb, __u32 mtu, __u32 header, __u32 outer)
 {
-	return skb->len + outer <= MOST_LENGTH && (!mtu || wire_length(skb, header) <= mtu);
+	return skb->len + outer <= (skb->gso_size ? MOST_LENGTH : MOST_WHOLE) &&
+	       (!mtu || wire_length(skb, header) <= mtu);
 }
 
 static inline int encapsulate4(struct __sk_buff *skb)

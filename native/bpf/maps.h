@@ -15,6 +15,7 @@
 
 #define MOST_PEERS 131072
 #define MOST_LENGTH 65535 /* of an IP packet, and so of an outer one */
+#define MOST_WHOLE 15360 /* of a packet that is none of several: the kernel adds room to four pages of memory at most */
 #define IP_DF 0x4000
 #define IP_FRAGMENT 0x3fff /* "more fragments", and the offset */
 

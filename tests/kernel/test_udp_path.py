@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two eBPF programs of ``udp`` on devices: what goes into the TUN comes out of the wire, byte for byte.
+
+::
+
+    sent ──▶ TUN ──egress──▶ eth0 ═══ wire ──▶ seen        sent ──▶ wire ═══ eth0 ──ingress──▶ TUN ──▶ seen
+              └──▶ its reader                                                 └──▶ the stack
+"""
+
+import os
+import select
+import socket
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+
+from loden.address import Family, Prefix, parse_address
+from loden.lab.namespaces import inside
+from loden.tables import tc
+from loden.tables.entries import UdpPeer
+from loden.tables.netlink import Netlink
+from loden.tables.tun import open_queue
+from loden.tables.udp_bpf import DECAPSULATE, ENCAPSULATE, FastPath, Settings
+from tests.kernel.datagrams import WIRES, Wire, ethernet
+from tests.kernel.kernel import command, ip, link_json, require_bpf, run
+
+_ETH_P_ALL = 3
+PATIENCE_S = 10.0
+#: struct virtio_net_hdr { u8 flags, gso_type; u16 hdr_len, gso_size, csum_start, csum_offset; }
+_VIRTIO = struct.Struct("=BBHHHH")
+_NEEDS_CSUM, _TCPV4, _TCPV6 = 1, 1, 4
+_PACKET_OUTGOING = 4
+_SOL_PACKET, _PACKET_AUXDATA, _PACKET_VNET_HDR = 263, 8, 15
+_TP_STATUS_CSUMNOTREADY = 8
+MTU = 65535
+
+
+class PathOnDevices:
+    """Both programs of one host, attached; the peers are beyond the wire."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+        self.reader = open_queue("tun0")
+        for device in ("tun0", "eth0", "wire"):
+            ip(f"link set {device} up mtu {MTU}")
+        self.requests = Netlink()
+        self.eth0, self.tun = link_json("eth0")["ifindex"], link_json("tun0")["ifindex"]
+        self.mac = bytes.fromhex(link_json("eth0")["address"].replace(":", ""))
+        self.far_mac = bytes.fromhex(link_json("wire")["address"].replace(":", ""))
+        self.path = FastPath(Settings(parse_address(wire.own), wire.port, self.tun))
+        for subnet, (remote, port) in wire.peers.items():
+            ip(f"neighbour replace {remote} lladdr {link_json('wire')['address']} dev eth0")
+            self.put(subnet, remote, port)
+        self.attach(self.tun, tc.Hook.EGRESS, ENCAPSULATE, self.path.encapsulate.fd)
+        self.attach(self.eth0, tc.Hook.INGRESS, DECAPSULATE, self.path.decapsulate.fd)
+        self.far, self.near = listen("wire"), listen("tun0")
+        self.into_tun = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+
+    def close(self) -> None:
+        for one in (self.far, self.near, self.into_tun):
+            one.close()
+        self.path.close()
+        self.requests.close()
+        os.close(self.reader)
+
+    def attach(self, index: int, hook: tc.Hook, name: str, program_fd: int) -> None:
+        assert run(tc.attach(self.requests, index, hook, name, program_fd)) is None
+
+    def put(self, subnet: str, remote: str, port: int, *, mtu: int = 0, index: int | None = None) -> None:
+        peer = UdpPeer("tun0", Prefix.parse(subnet), parse_address(remote), port, "eth0", mtu)
+        self.path.put(peer, self.eth0 if index is None else index)
+
+    def peer(self, number: int = 0) -> tuple[str, str, int]:
+        """A container of a peer, and where the peer is reached."""
+        subnet, (remote, port) = list(self.wire.peers.items())[number]
+        prefix = Prefix.parse(subnet)
+        return prefix_address(prefix, 2), remote, port
+
+    def packet(self, payload: bytes = b"data", *, number: int = 0, **changed: int) -> bytes:
+        """One from here to a peer's container."""
+        return self.wire.packet(self.wire.own_container, self.peer(number)[0], payload, **changed)
+
+    def send(self, packet: bytes, protocol: int = 0) -> dict[str, int]:
+        """Out of the TUN device; the counters that it moved."""
+        usual = 0x0800 if self.wire.family is Family.IPV4 else 0x86DD
+        return self._send(self.into_tun, packet, protocol or usual)
+
+    def send_super(self, packet: bytes, *, size: int = 1000) -> dict[str, int]:
+        """The same with a TCP packet that is to be cut into pieces with so many bytes of data."""
+        start, is_ipv4 = len(self.packet(b"")), self.wire.family is Family.IPV4
+        header = _VIRTIO.pack(_NEEDS_CSUM, _TCPV4 if is_ipv4 else _TCPV6, start + 20, size, start, 16)
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as one:
+            one.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
+            return self._send(one, header + packet, 0x0800 if is_ipv4 else 0x86DD)
+
+    def _send(self, one: socket.socket, data: bytes, protocol: int) -> dict[str, int]:
+        before = self.path.counters()
+        with suppress(OSError):  # a packet that a program drops is a refused one to who sends it like this
+            one.sendto(data, ("tun0", protocol))
+        after = self.path.counters()
+        return {name: after[name] - before[name] for name in after if after[name] != before[name]}
+
+    def on_wire(self) -> bytes:
+        """The next frame with a datagram from here that arrives beyond the wire."""
+        return next(frame for frame in frames(self.far) if self.is_datagram(frame))
+
+    def is_datagram(self, frame: bytes) -> bool:
+        outer = frame[14:]
+        at = self.wire.headers - 8
+        return frame[6:12] == self.mac and outer[at : at + 2] == self.wire.port.to_bytes(2, "big")
+
+    def at_reader(self) -> bytes:
+        """The next packet that the TUN's reader gets; the kernel's own are left out."""
+        for _ in ready(self.reader):
+            packet = os.read(self.reader, 1 << 17)[_VIRTIO.size :]
+            if parse_address(self.wire.own_container) in packet[:40] or packet[:1] == b"\0":
+                return packet
+        raise AssertionError("nothing arrives at the TUN's reader")
+
+    def arrive(self, frame: bytes) -> dict[str, int]:
+        """Come in from the wire, a marker behind it; the counters that the frame alone moved."""
+        before = self.path.counters()
+        self.far.send(frame)
+        _, remote, port = self.peer()
+        marker = self.wire.packet(self.peer()[0], self.wire.own_container, b"marker")
+        self.far.send(self.wire.datagram(marker, source=remote, port=port))
+        self.came = []
+        for packet in frames(self.near):
+            if packet.endswith(b"marker"):
+                break
+            self.came.append(packet)
+        after = self.path.counters()
+        after["rx_packets"] -= 1
+        after["rx_bytes"] -= len(marker)
+        return {name: after[name] - before[name] for name in after if after[name] != before[name]}
+
+
+def prefix_address(prefix: Prefix, host: int) -> str:
+    """An address in a subnet."""
+    packed = prefix.address[:-1] + bytes([prefix.address[-1] + host])
+    return socket.inet_ntop(prefix.family, packed)
+
+
+def listen(device: str) -> socket.socket:
+    found = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK)
+    found.bind((device, _ETH_P_ALL))
+    return found
+
+
+def frames(one: socket.socket) -> Iterator[bytes]:
+    """What comes in on a device, as it comes."""
+    for _ in ready(one.fileno()):
+        frame, address = one.recvfrom(1 << 17)
+        if address[2] != _PACKET_OUTGOING:
+            yield frame
+    raise AssertionError("nothing arrives")
+
+
+def ready(descriptor: int) -> Iterator[None]:
+    """Each time that there is something to read, for as long as one waits for what does not come."""
+    end = time.monotonic() + PATIENCE_S
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    while (left := end - time.monotonic()) > 0:
+        if poll.poll(left * 1000):
+            yield
+
+
+@pytest.fixture(params=WIRES, ids=lambda wire: str(wire.family))
+def path(request: pytest.FixtureRequest, underlay: None) -> Iterator[PathOnDevices]:
+    del underlay
+    require_bpf()
+    found = PathOnDevices(request.param)
+    yield found
+    found.close()
+
+
+class TestOut:
+    @pytest.mark.parametrize("number", range(3))
+    def test_known_peer_gets_the_packet_behind_outer_headers(self, path: PathOnDevices, number: int) -> None:
+        _, remote, port = path.peer(number)
+        packet = path.packet(number=number)
+        counted = path.send(packet)
+        assert counted == {"tx_packets": 1, "tx_bytes": len(packet)}
+        outer = path.wire.encapsulated(path.wire.older(packet), remote, port)
+        # "Don't fragment" and both checksums are in the reference's bytes.
+        assert path.on_wire() == path.far_mac + path.mac + ethernet(outer)[12:]
+        subnet = Prefix.parse(list(path.wire.peers)[number])
+        (traffic,) = [one.traffic for one in path.path.peers() if one.subnet == subnet]
+        assert (traffic.tx_packets, traffic.tx_bytes) == (1, len(packet))
+
+    def test_every_age(self, path: PathOnDevices) -> None:
+        _, remote, port = path.peer()
+        for ttl in range(2, 256):
+            packet = path.packet(ttl=ttl)
+            path.send(packet)
+            assert path.on_wire()[14:] == path.wire.encapsulated(path.wire.older(packet), remote, port)
+
+    @pytest.mark.parametrize("ttl", [0, 1])
+    def test_packet_that_has_lived_long_enough_is_dropped(self, path: PathOnDevices, ttl: int) -> None:
+        assert path.send(path.packet(ttl=ttl)) == {"drop_ttl": 1}
+
+    def test_packet_for_nobody_is_the_readers_as_it_was(self, path: PathOnDevices) -> None:
+        packet = path.wire.packet(path.wire.own_container, path.wire.nobody)
+        assert path.send(packet) == {"to_engine": 1}
+        assert path.at_reader() == packet
+
+    def test_packet_too_big_for_the_peer_is_the_readers(self, path: PathOnDevices) -> None:
+        _, remote, port = path.peer()
+        least = len(path.packet(b""))
+        path.put(next(iter(path.wire.peers)), remote, port, mtu=least + 100)
+        assert "tx_packets" in path.send(path.packet(bytes(100)))
+        assert path.send(path.packet(bytes(101))) == {"to_engine": 1}
+        assert path.at_reader() == path.packet(bytes(101))
+
+    def test_packet_for_which_the_programs_know_no_way_is_the_readers(self, path: PathOnDevices) -> None:
+        _, remote, port = path.peer()
+        path.put(next(iter(path.wire.peers)), remote, port, index=0)
+        assert path.send(path.packet()) == {"to_engine": 1}
+        assert path.at_reader() == path.packet()
+
+    @pytest.mark.parametrize("size", [1500, 9000, 15000, 15360, 16000, 16384, 20000, 65534 - 40])
+    def test_none_is_lost_for_its_size(self, path: PathOnDevices, size: int) -> None:
+        """The kernel makes room in front of packets up to a limit of its own."""
+        _, remote, port = path.peer()
+        packet = path.packet(bytes(size))
+        counted = path.send(packet)
+        if counted == {"to_engine": 1}:
+            assert size > 9000  # no network card takes more
+            assert path.at_reader() == packet
+        else:
+            assert path.on_wire()[14:] == path.wire.encapsulated(path.wire.older(packet), remote, port)
+
+    def test_super_packet_goes_whole(self, path: PathOnDevices) -> None:
+        _, remote, port = path.peer()
+        packet = path.packet(tcp_header() + bytes(40000), protocol=6)
+        assert path.send_super(packet) == {"tx_packets": 1, "tx_bytes": len(packet)}
+        assert path.on_wire()[14:] == path.wire.encapsulated(path.wire.older(packet), remote, port)
+
+    def test_super_packet_that_outer_headers_would_make_too_long_for_ip(self, path: PathOnDevices) -> None:
+        most = 65535 - path.wire.headers - len(path.packet(tcp_header()))
+        assert "tx_packets" in path.send_super(path.packet(tcp_header() + bytes(most), protocol=6))
+        assert path.send_super(path.packet(tcp_header() + bytes(most + 1), protocol=6)) == {"to_engine": 1}
+
+    @pytest.mark.parametrize(("mtu", "counter"), [(1400, "tx_packets"), (1399, "to_engine")])
+    def test_pieces_of_a_super_packet_have_to_fit(self, path: PathOnDevices, mtu: int, counter: str) -> None:
+        """TCP's header is taken for the longest there is."""
+        _, remote, port = path.peer()
+        path.put(next(iter(path.wire.peers)), remote, port, mtu=mtu)
+        headers = len(path.packet(b"")) + 60
+        packet = path.packet(tcp_header() + bytes(8000), protocol=6)
+        assert counter in path.send_super(packet, size=1400 - headers)
+
+    def test_forgotten_peer_is_nobody(self, path: PathOnDevices) -> None:
+        path.path.drop(Prefix.parse(next(iter(path.wire.peers))))
+        assert path.send(path.packet()) == {"to_engine": 1}
+
+    def test_longest_prefix_decides(self, path: PathOnDevices) -> None:
+        path.send(path.packet(number=2))
+        path.send(path.packet(number=1))
+        at = 14 + path.wire.headers - 6
+        assert [int.from_bytes(path.on_wire()[at : at + 2], "big") for _ in range(2)] == [28285, 18285]
+
+    def test_packet_cut_short_is_the_readers(self, path: PathOnDevices) -> None:
+        """It never gets past the end of what there is."""
+        whole = path.packet(b"")
+        for length in range(1, len(whole)):
+            assert path.send(whole[:length]) == {"to_engine": 1}
+        assert "tx_packets" in path.send(whole)
+
+    def test_packet_of_another_protocol_is_the_readers(self, path: PathOnDevices) -> None:
+        assert path.send(bytes(28), 0x0806) == {"to_engine": 1}
+
+    def test_neighbour_that_is_not_known_yet_is_asked_for(self, path: PathOnDevices) -> None:
+        _, remote, _port = path.peer()
+        ip(f"neighbour delete {remote} dev eth0")
+        ip(f"address add {remote}/{24 if path.wire.family is Family.IPV4 else 64} dev wire nodad")
+        # Whoever is beyond the wire answers, so that the packet follows.
+        command("sysctl -q net.ipv4.conf.all.accept_local=1")
+        packet = path.packet()
+        path.send(packet)
+        question = next(frame for frame in frames(path.far) if asks_for(frame, remote))
+        assert question[6:12] == path.mac
+
+
+def tcp_header() -> bytes:
+    """Of a segment with data; the checksum is the card's."""
+    return struct.pack("!HHIIBBHHH", 40000, 80, 1, 1, 5 << 4, 0x10, 1000, 0, 0)
+
+
+def asks_for(frame: bytes, address: str) -> bool:
+    """ARP, or a neighbour solicitation."""
+    is_question = frame[12:14] == b"\x08\x06" or (frame[12:14] == b"\x86\xdd" and frame[54] == 135)
+    return is_question and parse_address(address) in frame
+
+
+def test_options_of_the_packet_go_with_it(underlay: None) -> None:
+    del underlay
+    require_bpf()
+    path = PathOnDevices(WIRES[0])
+    _, remote, port = path.peer()
+    packet = path.wire.packet(path.wire.own_container, path.peer()[0], b"data", options=b"\x01" * 8)
+    assert "tx_packets" in path.send(packet)
+    assert path.on_wire()[14:] == path.wire.encapsulated(path.wire.older(packet), remote, port)
+    path.close()
+
+
+class TestIn:
+    def test_known_peers_packet_comes_out_of_the_tun(self, path: PathOnDevices) -> None:
+        source, remote, port = path.peer()
+        packet = path.wire.packet(source, path.wire.own_container, b"data")
+        counted = path.arrive(path.wire.datagram(packet, source=remote, port=port))
+        assert counted == {"rx_packets": 1, "rx_bytes": len(packet)}
+        assert path.came == [path.wire.older(packet)]
+
+    def test_vlan_is_somebody_elses(self, path: PathOnDevices) -> None:
+        source, remote, port = path.peer()
+        frame = path.wire.datagram(
+            path.wire.packet(source, path.wire.own_container), source=remote, port=port
+        )
+        assert path.arrive(frame[:12] + b"\x81\x00\x00\x07" + frame[12:]) == {}
+        assert path.came == []
+
+    def test_frame_cut_short_is_left_to_the_stack(self, path: PathOnDevices) -> None:
+        """Also shorter than an outer header, which the kernel's test of programs refuses."""
+        frame = path.wire.datagram(b"", source=path.peer()[1])
+        for length in range(15, len(frame)):
+            assert path.arrive(frame[:length]) == {}
+        assert path.arrive(frame) == {"drop_truncated": 1}
+
+    def test_checksum_that_a_socket_left_to_the_card_is_done_with(self, path: PathOnDevices) -> None:
+        """A sender at the other end of a virtual wire leaves the outer checksum open (``CHECKSUM_PARTIAL``).
+
+        It must not be filled in later, when the outer header is gone: that would hit something else.
+        """
+        source, remote, port = path.peer()
+        length = 24 if path.wire.family is Family.IPV4 else 64
+        ip("netns add peer")
+        try:
+            ip("link set wire netns peer")
+            command("ip netns exec peer ip link set wire up")
+            nodad = "" if path.wire.family is Family.IPV4 else "nodad"
+            command(f"ip netns exec peer ip address add {remote}/{length} dev wire {nodad}")
+            mac = link_json("eth0")["address"]
+            command(f"ip netns exec peer ip neighbour replace {path.wire.own} lladdr {mac} dev wire")
+            one = inside("peer", lambda: socket.socket(path.wire.family, socket.SOCK_DGRAM))
+            path.near.setsockopt(_SOL_PACKET, _PACKET_AUXDATA, 1)
+            with one:
+                one.bind((remote, port))
+                for payload in (b"8 bytes.", b"9 bytes..", b"data" * 100):
+                    packet = path.wire.packet(source, path.wire.own_container, payload)
+                    one.sendto(packet, (path.wire.own, path.wire.port))
+                    assert next_with_status(path.near) == (path.wire.older(packet), False)
+        finally:
+            ip("netns delete peer")
+
+
+def next_with_status(one: socket.socket) -> tuple[bytes, bool]:
+    """The next packet, and whether a checksum in it is still to be filled in."""
+    assert any(True for _ in ready(one.fileno())), "nothing arrives"
+    packet, ((_level, _kind, data), *_), _flags, _address = one.recvmsg(1 << 16, 1024)
+    return packet, bool(int.from_bytes(data[:4], sys.byteorder) & _TP_STATUS_CSUMNOTREADY)
