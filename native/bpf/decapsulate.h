@@ -149,6 +149,8 @@ static inline int decapsulate6(struct __sk_buff *skb)
 	if (inner->hop_limit <= 1)
 		return drop(DROP_TTL);
 	inner->hop_limit--;
+	/* IPv4's checksum makes up for the change; here the sum that a card has made of all must follow. */
+	bpf_csum_update(skb, 0xffff - bpf_htons(1));
 	if (peer)
 		note(peer, rx, length);
 	return deliver(skb, headers, length, has_sum);
