@@ -327,7 +327,7 @@ def frames(wire: Wire) -> st.SearchStrategy[bytes]:
         ),
         st.integers(0, 2),
         st.integers(0, 255),
-        st.binary(max_size=1400),
+        st.binary(max_size=100),
         st.one_of(st.just(b""), st.binary(max_size=3)),
         st.sampled_from([0, 1, 0xFFFF]),
     )
@@ -357,7 +357,7 @@ def broken(wire: Wire, frame: bytes, bits: list[int], less: int) -> bytes:
 
 @given(data=st.data())
 @settings(
-    max_examples=150,
+    max_examples=120,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
