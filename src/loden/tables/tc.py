@@ -6,7 +6,9 @@ newer, tells nobody when a program is detached; tc does (``RTNLGRP_TC``), and wh
 repaired.
 
 Ours are known by their names. Replacing one is one step in the kernel (``cls_bpf_change``): each packet
-meets the old one or the new one. A priority that somebody else's filter has is left to it.
+meets the old one or the new one. A priority that somebody else's filter has is left to it. A qdisc that we
+had to add goes with the last filter; one that was there stays, empty or not: our filters' handles tell
+which it is.
 
 ::
 
@@ -42,7 +44,7 @@ _TCA_KIND, _TCA_OPTIONS = 1, 2
 _TCA_BPF_FD, _TCA_BPF_NAME, _TCA_BPF_FLAGS, _TCA_BPF_ID = 6, 7, 8, 11
 _ACT_DIRECT = 1
 _ETH_P_ALL_BE = 0x0300
-_HANDLE = 1
+_ON_OUR_QDISC, _ON_ANOTHERS = 1, 2  # as the handle of a filter of ours
 #: Where in the order of filters: an L, as our routes' protocol; the next free one where that is taken.
 _FIRST_PRIORITY = 76
 
@@ -52,6 +54,10 @@ class Hook(enum.IntEnum):
 
     INGRESS = 0xFFFF_FFF2
     EGRESS = 0xFFFF_FFF3
+
+
+#: Which hooks a qdisc has, by its kind.
+_HOOKS: dict[bytes, Sequence[Hook]] = {b"clsact": tuple(Hook), b"ingress": (Hook.INGRESS,)}
 
 
 class Filter(msgspec.Struct, frozen=True):
@@ -99,7 +105,10 @@ async def list_ours(requests: Netlink) -> list[Filter]:
     Raises:
         KernelError: they cannot be listed.
     """
-    return [one for index in await _devices(requests) for one in await _list(requests, index) if one.is_ours]
+    devices = await _devices(requests)
+    return [
+        one for index, hooks in devices.items() for one in await _list(requests, index, hooks) if one.is_ours
+    ]
 
 
 async def attach(requests: Netlink, index: int, hook: Hook, name: str, program_fd: int) -> Refusal | None:
@@ -117,12 +126,20 @@ async def attach(requests: Netlink, index: int, hook: Hook, name: str, program_f
     refused = await requests.request(netlink.message(netlink.RTM_NEWQDISC, flags, body))
     if refused and refused.errno != errnos.EEXIST:
         return refused
-    standing = [one for one in await _list(requests, index) if one.parent == hook]
+    hooks = (await _devices(requests)).get(index, ())
+    if hook not in hooks:
+        # What is meant for its egress would end up at its ingress.
+        return Refusal(errnos.EEXIST, "the device has an ingress qdisc, and therefore no clsact")
+    all_standing = await _list(requests, index, hooks)
+    standing = [one for one in all_standing if one.parent == hook]
     ours = [one for one in standing if one.name == name]
     if ours:
         priority, handle, flags = ours[0].priority, ours[0].handle, netlink.NLM_F_CREATE
     else:
-        priority, handle = _free_priority(standing), _HANDLE
+        is_our_qdisc = refused is None or any(
+            one.is_ours and one.handle == _ON_OUR_QDISC for one in all_standing
+        )
+        priority, handle = _free_priority(standing), _ON_OUR_QDISC if is_our_qdisc else _ON_ANOTHERS
     options = nested(
         _TCA_OPTIONS,
         attribute_u32(_TCA_BPF_FD, program_fd),
@@ -135,7 +152,7 @@ async def attach(requests: Netlink, index: int, hook: Hook, name: str, program_f
 
 
 async def detach(requests: Netlink, filters: Sequence[Filter]) -> Refusal | None:
-    """Detach filters, and remove the qdisc of a device where they were the last ones.
+    """Detach filters, and remove a qdisc of ours where they were the last ones.
 
     What is gone already counts as detached.
     """
@@ -144,8 +161,10 @@ async def detach(requests: Netlink, filters: Sequence[Filter]) -> Refusal | None
         refused = await requests.request(netlink.message(netlink.RTM_DELTFILTER, 0, body))
         if refused and refused.errno not in _GONE:
             return refused
-    for index in {one.index for one in filters}:
-        if not await _list(requests, index):
+    devices = await _devices(requests) if filters else {}
+    for index in {one.index for one in filters if one.handle == _ON_OUR_QDISC}:
+        hooks = devices.get(index, ())
+        if len(hooks) == len(Hook) and not await _list(requests, index, hooks):
             body = _TCMSG.pack(0, index, _CLSACT_HANDLE, _CLSACT, 0) + attribute(_TCA_KIND, b"clsact\0")
             await requests.request(netlink.message(netlink.RTM_DELQDISC, 0, body))
     return None
@@ -164,21 +183,26 @@ def _free_priority(standing: Sequence[Filter]) -> int:
     return next(priority for priority in range(_FIRST_PRIORITY, 0xFFFF) if priority not in taken)
 
 
-async def _devices(requests: Netlink) -> list[int]:
-    """The devices that have hooks to attach to."""
-    found = []
+async def _devices(requests: Netlink) -> dict[int, Sequence[Hook]]:
+    """The devices that have hooks to attach to, and which.
+
+    An ``ingress`` qdisc, clsact's predecessor, has one; asked for the filters of the other hook, it lists the
+    same ones again.
+    """
+    found: dict[int, Sequence[Hook]] = {}
     for datagram in await requests.dump(netlink.RTM_GETQDISC, _TCMSG.pack(0, 0, 0, 0, 0)):
         for one in netlink.parse_messages(datagram):
             attributes = parse_attributes(one.buffer, one.start + _TCMSG.size, one.end)
-            if attributes.get(_TCA_KIND, b"").rstrip(b"\0") in (b"clsact", b"ingress"):
-                found.append(device_of(one))
+            hooks = _HOOKS.get(attributes.get(_TCA_KIND, b"").rstrip(b"\0"))
+            if hooks is not None:
+                found[device_of(one)] = hooks
     return found
 
 
-async def _list(requests: Netlink, index: int) -> list[Filter]:
+async def _list(requests: Netlink, index: int, hooks: Sequence[Hook]) -> list[Filter]:
     """Every filter at a device's hooks, in order."""
     found = []
-    for hook in Hook:
+    for hook in hooks:
         for datagram in await requests.dump(netlink.RTM_GETTFILTER, _TCMSG.pack(0, index, 0, hook, 0)):
             found += [
                 parse_filter(one)
