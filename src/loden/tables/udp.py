@@ -163,7 +163,8 @@ class TunnelTable:
 
     def _may_attach(self, filters: Sequence[tc.Filter]) -> bool:
         """Not before the peers are in, where a predecessor's programs carry the packets."""
-        return self._has_peers or not filters
+        own = {program.number for carrier in self.carriers for _, program in carrier.programs.values()}
+        return self._has_peers or all(one.program in own for one in filters)
 
     def _are_attached(self, carrier: Carrier, filters: Sequence[tc.Filter]) -> bool:
         found = {(one.index, one.parent, one.program) for one in filters}
