@@ -12,6 +12,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 from bench._common import Arguments, Figure, figure, median, run
 from bench._tunnel import SIDES, Side, engines, loops, packets_program, wire
@@ -30,6 +31,10 @@ _ROW = 64
 _PEERS = 10_000
 _AHEAD_S = 0.3  # so long the source runs before and after the sink counts
 _BUFFER_BYTES = 4 << 20
+_LONG_S = "3600"
+
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 def tcp(program: pathlib.Path, path: Path, *, streams: int = 1, seconds: float = ROUND_S) -> float:
@@ -48,8 +53,8 @@ def tcp(program: pathlib.Path, path: Path, *, streams: int = 1, seconds: float =
         pulls = []
         for _ in range(streams):
             sender, receiver = _connect(path, stack)
-            pulls.append(_start(program, stack, "pull", receiver, seconds))
-            _start(program, stack, "push", sender, seconds + _AHEAD_S)
+            pulls.append(_start(program, stack, "pull", receiver, f"{seconds:g}"))
+            _start(program, stack, "push", sender, f"{seconds + _AHEAD_S:g}")
         return sum(_figure_of(one) for one in pulls) * 8 / 1e9
 
 
@@ -63,17 +68,58 @@ def datagrams(
         size: bytes of payload in each.
         row: how many of them the source hands to its kernel at once, 64 at most.
     """
-    family = Family.of(path.target.address)
     with contextlib.ExitStack() as stack:
-        open_socket = functools.partial(socket.socket, family, socket.SOCK_DGRAM)
-        receiver = stack.enter_context(namespaces.inside(path.target.namespace, open_socket))
-        receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
-        receiver.bind((format_address(path.target.address), 0))
-        sender = stack.enter_context(namespaces.inside(path.source.namespace, open_socket))
-        sender.bind((format_address(path.source.address), 0))
-        sender.connect(receiver.getsockname())
-        _start(program, stack, "flood", sender, seconds + 2 * _AHEAD_S, str(size), str(row))
-        return _figure_of(_start(program, stack, "sink", receiver, seconds))
+        sender, receiver = _datagram_sockets(path, stack)
+        _start(program, stack, "flood", sender, f"{seconds + 2 * _AHEAD_S:g}", str(size), str(row))
+        return _figure_of(_start(program, stack, "sink", receiver, f"{seconds:g}"))
+
+
+class Latency(NamedTuple):
+    """How long answers took, in microseconds, and how many questions had none."""
+
+    p50_us: float
+    p99_us: float
+    answered: int
+    lost: int
+
+
+def latency(
+    program: pathlib.Path, path: Path, *, size: int = DATAGRAM_BYTES, seconds: float = ROUND_S
+) -> Latency:
+    """A datagram there and back, one after the other.
+
+    Args:
+        program, path, seconds: as in :func:`tcp`.
+        size: bytes of payload in each.
+    """
+    with contextlib.ExitStack() as stack:
+        sender, receiver = _datagram_sockets(path, stack)
+        _start(program, stack, "answer", receiver)
+        asked = _start(program, stack, "ask", sender, f"{seconds:g}", str(size))
+        p50, p99, answered, lost = _said_by(asked).split()
+        return Latency(float(p50), float(p99), int(answered), int(lost))
+
+
+@contextlib.contextmanager
+def carrying(program: pathlib.Path, path: Path) -> Iterator[None]:
+    """A connection that carries what it can, for the length of a block."""
+    with contextlib.ExitStack() as stack:
+        sender, receiver = _connect(path, stack)
+        for what, end in (("pull", receiver), ("push", sender)):
+            _start(program, stack, what, end, _LONG_S)
+        yield
+
+
+def _datagram_sockets(path: Path, stack: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
+    """Both ends' sockets, of which the first is connected to the second."""
+    open_socket = functools.partial(socket.socket, Family.of(path.target.address), socket.SOCK_DGRAM)
+    receiver = stack.enter_context(namespaces.inside(path.target.namespace, open_socket))
+    receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
+    receiver.bind((format_address(path.target.address), 0))
+    sender = stack.enter_context(namespaces.inside(path.source.namespace, open_socket))
+    sender.bind((format_address(path.source.address), 0))
+    sender.connect(receiver.getsockname())
+    return sender, receiver
 
 
 def _connect(path: Path, stack: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
@@ -100,10 +146,9 @@ def _start(
     stack: contextlib.ExitStack,
     what: str,
     on: socket.socket,
-    seconds: float,
     *more: str,
 ) -> subprocess.Popen[str]:
-    words = (str(program), what, str(on.fileno()), f"{seconds:g}", *more)
+    words = (str(program), what, str(on.fileno()), *more)
     started = subprocess.Popen(words, pass_fds=(on.fileno(),), stdout=subprocess.PIPE, text=True)
     stack.callback(started.wait)
     stack.callback(started.kill)
@@ -111,27 +156,34 @@ def _start(
 
 
 def _figure_of(process: subprocess.Popen[str]) -> float:
+    return float(_said_by(process))
+
+
+def _said_by(process: subprocess.Popen[str]) -> str:
     said, _ = process.communicate()
     if process.returncode != 0:
         raise LabError(f"measure: packets ended with {process.returncode}")
-    return float(said)
+    return said
 
 
-def path_of(address: Callable[[Side], bytes], name: str, *, is_back: bool = False) -> Path:
+def path_of(
+    address: Callable[[Side], bytes], name: str, *, is_back: bool = False, sides: Sequence[Side] = SIDES
+) -> Path:
     """From one side's address to the other's.
 
     Args:
         address: of a side, packed.
         name: of the path, for errors.
         is_back: from the second side to the first.
+        sides: which ones.
     """
-    ends = [End(f"{name} {side.number}", side.namespace, address(side)) for side in SIDES]
+    ends = [End(f"{name} {side.number}", side.namespace, address(side)) for side in sides]
     return Path(*(reversed(ends) if is_back else ends))
 
 
-def in_turns(paths: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def in_turns(paths: Mapping[K, Callable[[], T]], rounds: int) -> dict[K, list[T]]:
     """Measure several things, one after the other, again and again; every second time in reverse order."""
-    found: dict[str, list[float]] = {name: [] for name in paths}
+    found: dict[K, list[T]] = {name: [] for name in paths}
     for number in range(rounds):
         for name in reversed(list(paths)) if number % 2 else paths:
             found[name].append(paths[name]())

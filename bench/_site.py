@@ -25,10 +25,12 @@ from loden.stores import DEFAULT_TTL_S, open_store
 from loden.stores.base import Holder
 from loden.stores.clock import SystemClock
 from loden.stores.sqlite_file import open_database, transaction, translated
-from loden.stores.sqlite_leases import End, create
+from loden.stores.sqlite_leases import End, create, delete, snapshot
 
 NETWORK = Prefix.parse("10.0.0.0/8")
 _READY_S = 60.0
+_HOLDER = "bench/"
+_HISTORY = 100_000  # tombstones that stay: who follows need not read everything again
 _FIRST_PEER = 2  # behind the host's own address
 _CPUCLOCK_SCHED = 2  # <linux/posix-timers.h>: a process's own clock, by its number
 
@@ -62,7 +64,20 @@ def add_leases(path: Path, count: int, backend: str = "vxlan") -> None:
     ):
         for number in range(count):
             with suppress(Conflict):
-                create(db, lease(number, backend), holder=Holder(f"bench/{number}"), end=end)
+                create(db, lease(number, backend), holder=Holder(f"{_HOLDER}{number}"), end=end)
+
+
+def remove_leases(path: Path) -> None:
+    """Delete what :func:`add_leases` wrote, in one transaction."""
+    clock = SystemClock()
+    with (
+        translated(path),
+        closing(open_database(path, create=False, ttl_s=DEFAULT_TTL_S, clock=clock)) as db,
+        transaction(db, "IMMEDIATE"),
+    ):
+        for record in snapshot(db, clock.since_boot_s()).records.values():
+            if record.holder is not None and record.holder.id.startswith(_HOLDER):
+                delete(db, record, history=_HISTORY)
 
 
 async def _put_network(url: str, text: bytes) -> None:

@@ -251,14 +251,15 @@ def engines() -> Iterator[tuple[Engine, Engine]]:
 
 
 @contextmanager
-def loops(program: Path) -> Iterator[None]:
+def loops(program: Path, sides: Sequence[Side] = SIDES) -> Iterator[None]:
     """The anchor on both sides: a tunnel that moves one packet with each system call."""
     with ExitStack() as stack:
-        for side in SIDES:
+        for side in sides:
+            (other,) = (one for one in sides if one is not side)
             (tun,), udp = namespaces.inside(side.namespace, _open_loop)
             address = format_address(side.loop_address)
             run_ip(["link set loop0 mtu 1472 up", f"address add {address}/24 dev loop0"], side)
-            words = (tun, udp.fileno(), format_address(other_of(side).wire()), LOOP_PORT)
+            words = (tun, udp.fileno(), format_address(other.wire()), LOOP_PORT)
             running = subprocess.Popen(
                 (program, "loop", *map(str, words)), pass_fds=(tun, udp.fileno()), stdin=subprocess.DEVNULL
             )

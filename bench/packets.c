@@ -8,6 +8,9 @@
  *   packets flood SOCKET SECONDS BYTES ROW send datagrams on a connected UDP socket, as many as ROW of them
  *                                          in a row with UDP_SEGMENT, so that the source costs little
  *   packets sink SOCKET SECONDS            receive datagrams; prints how many came in that time
+ *   packets ask SOCKET SECONDS BYTES       send a datagram, wait for the answer, again; prints p50 and p99 in
+ *                                          microseconds, how many were answered, and how many were not
+ *   packets answer SOCKET                  send each datagram back to where it came from, until it is ended
  *   packets loop TUN SOCKET ADDRESS PORT   the anchor: until it is ended; TUN without virtio headers
  *
  * SOCKET and TUN are descriptors that were inherited: this program enters no namespace.
@@ -30,7 +33,7 @@
 #define UDP_SEGMENT 103 /* linux/udp.h */
 #endif
 
-enum { BATCH = 64, BUFFER = 1 << 18 };
+enum { BATCH = 64, BUFFER = 1 << 18, MOST_ANSWERS = 1 << 20, PATIENCE_MS = 100 };
 
 static double now(void)
 {
@@ -126,6 +129,64 @@ static int sink(int fd, double seconds)
 	return 0;
 }
 
+static int compare(const void *one, const void *other)
+{
+	float left = *(const float *)one, right = *(const float *)other;
+
+	return (left > right) - (left < right);
+}
+
+static int ask(int fd, double seconds, size_t size)
+{
+	static float took[MOST_ANSWERS];
+	static char question[BUFFER], answer[BUFFER];
+	double end = now() + seconds;
+	size_t count = 0, lost = 0;
+	uint32_t number = 0;
+
+	if (size < sizeof(number) || size > BUFFER)
+		return 2;
+	while (now() < end && count < MOST_ANSWERS) {
+		struct pollfd polled = {.fd = fd, .events = POLLIN};
+		double start = now();
+
+		number++;
+		memcpy(question, &number, sizeof(number));
+		if (send(fd, question, size, 0) < 0)
+			return 1;
+		do {
+			if (poll(&polled, 1, PATIENCE_MS) == 0) {
+				lost++;
+				break;
+			}
+			if (recv(fd, answer, sizeof(answer), 0) < 0)
+				return 1;
+			/* a late answer to an earlier question is none to this one */
+		} while (memcmp(answer, question, sizeof(number)) != 0);
+		if (memcmp(answer, question, sizeof(number)) == 0)
+			took[count++] = (float)((now() - start) * 1e6);
+	}
+	if (count == 0)
+		return 1;
+	qsort(took, count, sizeof(*took), compare);
+	printf("%.2f %.2f %zu %zu\n", (double)took[count / 2], (double)took[count * 99 / 100], count, lost);
+	return 0;
+}
+
+static int answer(int fd)
+{
+	static char buffer[BUFFER];
+
+	for (;;) {
+		struct sockaddr_storage from;
+		socklen_t length = sizeof(from);
+		ssize_t size = recvfrom(fd, buffer, sizeof(buffer), 0, (struct sockaddr *)&from, &length);
+
+		if (size < 0 || sendto(fd, buffer, (size_t)size, 0, (struct sockaddr *)&from, length) < 0)
+			return 1;
+	}
+}
+
 static int loop(int tun, int udp, const char *address, uint16_t port)
 {
 	struct sockaddr_in peer = {.sin_family = AF_INET, .sin_port = htons(port)};
@@ -163,6 +224,10 @@ int main(int count, char **words)
 		return flood(atoi(words[2]), atof(words[3]), (size_t)atoi(words[4]), (size_t)atoi(words[5]));
 	if (count == 4 && strcmp(what, "sink") == 0)
 		return sink(atoi(words[2]), atof(words[3]));
+	if (count == 5 && strcmp(what, "ask") == 0)
+		return ask(atoi(words[2]), atof(words[3]), (size_t)atoi(words[4]));
+	if (count == 3 && strcmp(what, "answer") == 0)
+		return answer(atoi(words[2]));
 	if (count == 6 && strcmp(what, "loop") == 0)
 		return loop(atoi(words[2]), atoi(words[3]), words[4], (uint16_t)atoi(words[5]));
 	fprintf(stderr, "packets: see the top of its source for what it does\n");

@@ -17,12 +17,12 @@ from bench._ping import Ping
 from bench._site import NETWORK, add_leases
 from loden.address import Family, format_address
 from loden.errors import LabError
-from loden.lab.agents import READY_S, Agents
+from loden.lab.agents import READY_S, Agents, Launch, loden_run
 from loden.lab.lab import Lab, running
 from loden.lab.topology import Spec
 from loden.lab.wiring import container_address
 
-_BEFORE_S, _AFTER_S = 0.3, 2.0  # the second holds the first look of the agents that start
+BEFORE_S, AFTER_S = 0.3, 2.0  # the second holds the first look of the agents that start
 _SETTLE_S = 5.0
 _BACKENDS = ("vxlan", "host-gw")
 
@@ -39,19 +39,19 @@ def measure(arguments: Arguments) -> Iterator[Figure]:
             # host-gw would refuse peers that are not in the lab's small underlay
             add_leases(labs["vxlan"].state.path / "store.db", arguments.leases)
             time.sleep(_SETTLE_S)
-        pings = {backend: _ping(labs[backend]) for backend in _BACKENDS}
-        alone = {backend: _ping(labs[backend]) for backend in _BACKENDS}
+        pings = {backend: ping_between(labs[backend]) for backend in _BACKENDS}
+        alone = {backend: ping_between(labs[backend]) for backend in _BACKENDS}
         took: dict[str, list[float]] = {backend: [] for backend in _BACKENDS}
         for _ in range(arguments.rounds):
             for backend, lab in labs.items():
                 with pings[backend].running():
-                    time.sleep(_BEFORE_S)
+                    time.sleep(BEFORE_S)
                     started = time.monotonic()
-                    _restart(lab)
+                    restart(lab)
                     took[backend].append(time.monotonic() - started)
-                    time.sleep(_AFTER_S)
+                    time.sleep(AFTER_S)
                 with alone[backend].running():
-                    time.sleep(_BEFORE_S + took[backend][-1] + _AFTER_S)
+                    time.sleep(BEFORE_S + took[backend][-1] + AFTER_S)
         for backend in _BACKENDS:
             ping, beside = pings[backend], alone[backend]
             yield figure(
@@ -67,14 +67,14 @@ def measure(arguments: Arguments) -> Iterator[Figure]:
             yield figure(f"{backend}, longest time without agents", max(took[backend]), "s")
 
 
-def _ping(lab: Lab) -> Ping:
+def ping_between(lab: Lab) -> Ping:
     """From the first host's container to the second's."""
     first, second = lab.plan.hosts
     target = container_address(lab.found[second.name].subnets[Family.IPV4], 0)
     return Ping(first.containers[0].namespace, format_address(target))
 
 
-def _restart(lab: Lab) -> None:
+def restart(lab: Lab, launch: Launch = loden_run) -> None:
     """SIGKILL to every agent, and new ones."""
     for host in lab.plan.hosts:
         agent = lab.state.agent(host.name)
@@ -82,7 +82,7 @@ def _restart(lab: Lab) -> None:
             raise LabError(f"kill agent of {host.name}: it does not run")
         os.kill(agent.pid, signal.SIGKILL)
         os.waitpid(agent.pid, 0)
-    with Agents(lab.state) as agents:
+    with Agents(lab.state, launch) as agents:
         for host in lab.plan.hosts:
             agents.start(host)
         agents.wait_ready(timeout_s=READY_S, on_ready=lambda _: None)

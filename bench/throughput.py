@@ -18,11 +18,10 @@ from pathlib import Path
 import msgspec
 
 from bench._common import Arguments, Figure, figure, median, run
-from loden.address import Family
+from bench._paths import fabric, underlay
 from loden.lab import throughput
 from loden.lab.agents import Launch, loden_run
-from loden.lab.lab import Lab, running
-from loden.lab.probe import End
+from loden.lab.lab import running
 from loden.lab.topology import Spec
 
 _HOSTS = 2
@@ -94,14 +93,14 @@ def _pair(backend: str, order: Sequence[str], rounds: int) -> _Pairing:
             )
             for name in order
         }
-        paths = {name: _fabric(lab) for name, lab in labs.items()}
+        paths = {name: fabric(lab) for name, lab in labs.items()}
         samples: dict[str, list[_Sample]] = {name: [] for name in paths}
         bare: list[_Sample] = []
         turns = itertools.cycle(itertools.permutations(paths))
         for _ in range(rounds):
             for name in next(turns):
                 samples[name].append(_carry(paths[name]))
-            bare.append(_carry(_underlay(labs[_HAND])))
+            bare.append(_carry(underlay(labs[_HAND])))
     return _Pairing({name: _middle(found) for name, found in samples.items()}, _middle(bare))
 
 
@@ -123,22 +122,6 @@ def _by_hand(backend: str) -> Launch:
         return (sys.executable, "-m", "bench._by_hand", backend, str(_HOSTS), str(subnet_file))
 
     return command
-
-
-def _fabric(lab: Lab) -> throughput.Path:
-    """Between the first two hosts' gateway addresses: the fabric's cost alone."""
-    return throughput.Path(
-        *(
-            End(f"{host.name}'s gateway", host.namespace, lab.found[host.name].subnets[Family.IPV4].gateway)
-            for host in lab.plan.hosts
-        )
-    )
-
-
-def _underlay(lab: Lab) -> throughput.Path:
-    return throughput.Path(
-        *(End(host.name, host.namespace, host.addresses[Family.IPV4]) for host in lab.plan.hosts)
-    )
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

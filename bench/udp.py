@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The udp backend, with eBPF and with the engine, beside the bare underlay and vxlan.
+
+Labs stand side by side, one for each way to carry packets, and take turns. Their rounds go against each other
+in time: a ratio is the median of the ratios of one round.
+"""
+
+import argparse
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+from bench import _engine, _iperf
+from bench._common import Arguments, Figure, figure, median, run
+from bench._paths import back, containers, fabric, underlay
+from bench._site import NETWORK, add_leases, remove_leases
+from bench._tunnel import Side, loops, packets_program
+from bench.restart import AFTER_S, BEFORE_S, ping_between, restart
+from loden.address import Family, format_address
+from loden.errors import LabError
+from loden.lab import namespaces
+from loden.lab.agents import loden_run
+from loden.lab.lab import Lab, running
+from loden.lab.throughput import Path
+from loden.lab.topology import UNDERLAY, Spec
+from loden.lab.wiring import BRIDGE, UPLINK, container_address
+
+_HOSTS = 2
+_TCP_S = 1.2  # behind half a second in which congestion control settles
+_DATAGRAMS_S = 0.5
+_LATENCY_S = 0.6
+_RESTARTS = 3
+_PEERS, _FILLS = 10_000, 1
+_STATUS_PORT = 8080
+_PATIENCE_S = 60.0
+_TCP, _SMALL = "TCP, 1 stream", f"{_engine.DATAGRAM_BYTES}-byte datagrams"
+
+#: What is measured, in this order: the anchor first.
+_BARE, _EBPF, _ENGINE, _VXLAN, _LOOP = "bare underlay", "udp ebpf", "udp engine", "vxlan", "one packet a call"
+
+
+class Meter:
+    """Measures TCP, and the processor time of the whole machine with it.
+
+    Args:
+        program: ``bench/packets.c``, compiled; carries TCP where there is no iperf3.
+    """
+
+    def __init__(self, program: pathlib.Path) -> None:
+        self._program = program
+        self.busy_s_per_gb: dict[str, list[float]] = {}
+
+    def tcp(self, name: str, path: Path, *, streams: int, seconds: float = _TCP_S) -> float:
+        """Gbit/s over a path; its processor time is kept by name."""
+        started, busy = time.monotonic(), _busy_s()
+        if _iperf.is_available():
+            found = _iperf.tcp(path, streams=streams, seconds=seconds)
+        else:
+            found = _engine.tcp(self._program, path, streams=streams, seconds=seconds)
+        share = (_busy_s() - busy) / (time.monotonic() - started)
+        self.busy_s_per_gb.setdefault(name, []).append(share / (found / 8))
+        return found
+
+
+def _busy_s() -> float:
+    """Processor time since boot that went to anything on this machine but idling, in seconds."""
+    user, nice, system, _idle, _iowait, irq, softirq = map(
+        int, pathlib.Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8]
+    )
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+def measure(arguments: Arguments) -> Iterator[Figure]:
+    parts = arguments.only or _PARTS
+    with packets_program() as program, ExitStack() as stack:
+        labs = {
+            name: stack.enter_context(_lab(short, backend, config))
+            for name, short, backend, config in (
+                (_EBPF, "ebpf", "udp", '{"Acceleration": "ebpf"}'),
+                (_ENGINE, "engine", "udp", '{"Acceleration": "engine"}'),
+                (_VXLAN, "vxlan", "vxlan", "{}"),
+            )
+        }
+        meter = Meter(program)
+        for part in parts:
+            yield from _PARTS[part](labs, meter, program, arguments.rounds)
+
+
+@contextmanager
+def _lab(name: str, backend: str, config: str) -> Iterator[Lab]:
+    network = str(NETWORK)
+    spec = Spec(name=f"bench-{name}", hosts=_HOSTS, backend=backend, backend_config=config, network=network)
+    with running(spec, launch=_launch) as lab:
+        yield lab
+
+
+def _paths(labs: Mapping[str, Lab]) -> dict[str, Path]:
+    """The underlay over the same wires as eBPF: of two labs that are alike one is some percent faster."""
+    return {_BARE: underlay(labs[_EBPF]), **{name: fabric(lab) for name, lab in labs.items()}}
+
+
+def _tcp(labs: Mapping[str, Lab], meter: Meter, program: pathlib.Path, rounds: int) -> Iterator[Figure]:
+    """Streams, directions, with and without offloads; and what all that cost."""
+    del program
+    paths = _paths(labs)
+    for streams in (1, 4):
+        yield from _tcp_figures(paths, meter, rounds, streams, least=0.95)
+    for name in paths:
+        beside = (_BARE, median(meter.busy_s_per_gb[_BARE]))
+        spent = median(meter.busy_s_per_gb[name])
+        yield figure(f"processor time for TCP, {name}", spent, "s/GB", anchor=beside)
+    yield from _container_figures(labs, meter, rounds)
+    with _without_offloads(labs.values()):
+        for streams in (1, 4):
+            yield from _tcp_figures(paths, meter, rounds, streams, least=0.88, suffix=", no offloads")
+
+
+def _tcp_figures(
+    paths: Mapping[str, Path], meter: Meter, rounds: int, streams: int, *, least: float, suffix: str = ""
+) -> Iterator[Figure]:
+    ways: Mapping[str, Callable[[Path], Path]] = {"h1 to h2": lambda path: path, "h2 to h1": back}
+    both: dict[str, dict[str, list[float]]] = {way: {name: [] for name in paths} for way in ways}
+    for number in range(rounds):
+        for way, turn in ways.items():
+            turns = {
+                name: functools.partial(meter.tcp, name, turn(path), streams=streams)
+                for name, path in paths.items()
+            }
+            for name in reversed(list(turns)) if number % 2 else turns:
+                both[way][name].append(turns[name]())
+    for way, found in both.items():
+        what = f"TCP {way}, {streams} stream{'s' if streams > 1 else ''}{suffix}"
+        yield figure(f"{what}, {_BARE}", median(found[_BARE]), "Gbit/s")
+        beside = ("vxlan", median(found[_VXLAN]))
+        yield figure(f"{what}, ebpf", median(found[_EBPF]), "Gbit/s", ">= vxlan", anchor=beside)
+        for name, promise in ((_EBPF, least), (_ENGINE, 0.45)):
+            share = _engine.ratio(found, name, _BARE)
+            short = name.removeprefix("udp ")
+            yield figure(f"{what}, {short} to underlay", share, "times", f">= {promise}")
+
+
+def _container_figures(labs: Mapping[str, Lab], meter: Meter, rounds: int) -> Iterator[Figure]:
+    """With the containers on a bridge, and each on a wire of its own."""
+    bridged = {name: containers(labs[name]) for name in (_EBPF, _VXLAN)}
+    found = _engine.in_turns(
+        {name: functools.partial(meter.tcp, _FAR, path, streams=1) for name, path in bridged.items()}, rounds
+    )
+    beside = (f"vxlan {_FAR}", median(found[_VXLAN]))
+    yield figure(f"TCP {_FAR}, ebpf", median(found[_EBPF]), "Gbit/s", anchor=beside)
+    with _without_bridges(labs[_EBPF]):
+        wired = [meter.tcp(_FAR, bridged[_EBPF], streams=1) for _ in range(rounds)]
+    yield figure(f"TCP {_FAR}, ebpf, no bridges", median(wired), "Gbit/s", anchor=beside)
+
+
+_FAR = "container to container"
+
+
+@contextmanager
+def _without_bridges(lab: Lab) -> Iterator[None]:
+    """Each host's container on a wire to the host, with a route, for the length of a block."""
+    wires = []
+    for host in lab.plan.hosts:
+        subnet = lab.found[host.name].subnets[Family.IPV4]
+        own, gateway = (f"{format_address(one)}/32" for one in (container_address(subnet, 0), subnet.gateway))
+        wires.append((host.namespace, f"address {{}} {gateway} dev c1", f"route {{}} {own} dev c1"))
+    for namespace, address, route in wires:
+        _ip(namespace, "link set c1 nomaster", address.format("add"), route.format("add"))
+    yield
+    for namespace, address, route in wires:
+        _ip(namespace, route.format("del"), address.format("del"), f"link set c1 master {BRIDGE}")
+
+
+@contextmanager
+def _without_offloads(labs: Iterable[Lab]) -> Iterator[None]:
+    """GSO, TSO and GRO off on every device of the labs, for the length of a block."""
+    all_labs = tuple(labs)
+    _set_offloads(all_labs, "off")
+    try:
+        yield
+    finally:
+        _set_offloads(all_labs, "on")
+
+
+def _set_offloads(labs: Sequence[Lab], state: str) -> None:
+    for namespace in (name for lab in labs for name in lab.plan.namespaces):
+        listed = _output("ip", "-netns", namespace, "-json", "link")
+        for device in (link["ifname"] for link in json.loads(listed)):
+            if device != "lo":
+                words = ("ethtool", "-K", device, "tso", state, "gso", state, "gro", state)
+                namespaces.inside(namespace, functools.partial(_output, *words))
+
+
+def _ip(namespace: str, *commands: str) -> None:
+    for command in commands:
+        _output("ip", "-netns", namespace, *command.split())
+
+
+def _output(*words: str) -> str:
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise LabError(f"run {words[0]}: not found", hint=f"apt install {words[0]}") from error
+    if done.returncode:
+        raise LabError(f"run {' '.join(words)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+class _Host(Side, frozen=True):
+    """A host of a lab, as the one-packet loop wants it."""
+
+    inside: str
+    outer: bytes
+
+    @property
+    def namespace(self) -> str:
+        return self.inside
+
+    def wire(self, family: Family = Family.IPV4) -> bytes:
+        assert family is Family.IPV4
+        return self.outer
+
+
+def _datagrams(labs: Mapping[str, Lab], meter: Meter, program: pathlib.Path, rounds: int) -> Iterator[Figure]:
+    """Small datagrams, counted where they arrive, and how long an answer takes."""
+    del meter
+    hosts = labs[_VXLAN].plan.hosts
+    sides = tuple(
+        _Host(number, host.namespace, host.addresses[Family.IPV4])
+        for number, host in enumerate(hosts, start=1)
+    )
+    with loops(program, sides):
+        paths = _paths(labs)
+        paths[_LOOP] = _engine.path_of(lambda side: side.loop_address, "loop", sides=sides)
+        found = _engine.in_turns(
+            {
+                name: functools.partial(_engine.datagrams, program, path, seconds=_DATAGRAMS_S)
+                for name, path in paths.items()
+            },
+            4 * rounds,
+        )
+        answers = _engine.in_turns(
+            {
+                name: functools.partial(_engine.latency, program, path, seconds=_LATENCY_S)
+                for name, path in paths.items()
+            },
+            rounds,
+        )
+    what = f"{_engine.DATAGRAM_BYTES}-byte datagrams received"
+    yield figure(f"{what}, {_BARE}", median(found[_BARE]), "/s")
+    yield figure(f"{what}, ebpf", median(found[_EBPF]), "/s", anchor=("vxlan", median(found[_VXLAN])))
+    yield figure(f"{what}, ebpf to vxlan", _engine.ratio(found, _EBPF, _VXLAN), "times", ">= 1")
+    beside = (_LOOP, median(found[_LOOP]))
+    yield figure(f"{what}, engine", median(found[_ENGINE]), "/s", anchor=beside)
+    yield figure(f"{what}, engine to such a loop", _engine.ratio(found, _ENGINE, _LOOP), "times", ">= 4")
+    for name in paths:
+        for percent in ("p50", "p99"):
+            took, bare = (
+                median([getattr(one, f"{percent}_us") for one in answers[which]]) for which in (name, _BARE)
+            )
+            what = f"answer to {_engine.DATAGRAM_BYTES} bytes, {percent}, {name}"
+            yield figure(what, took, "us", anchor=(_BARE, bare))
+
+
+def _peers(labs: Mapping[str, Lab], meter: Meter, program: pathlib.Path, rounds: int) -> Iterator[Figure]:
+    """The same hosts with one peer, with thousands, with one again: other hosts would differ by more."""
+    labs = {name: lab for name, lab in labs.items() if name != _VXLAN}
+    paths = {name: fabric(lab) for name, lab in labs.items()}
+    turns = {
+        **{
+            (name, _TCP): functools.partial(meter.tcp, "peers", path, streams=1)
+            for name, path in paths.items()
+        },
+        **{
+            (name, _SMALL): functools.partial(_engine.datagrams, program, path, seconds=_DATAGRAMS_S)
+            for name, path in paths.items()
+        },
+    }
+    few, many = [_engine.in_turns(turns, rounds)], []
+    for lab in labs.values():
+        _let_reach_strangers(lab)
+    for _ in range(_FILLS):
+        for lab in labs.values():
+            add_leases(_store(lab), _PEERS, "")
+        _wait_for_peers(labs.values(), lambda count: count > _PEERS * 0.99)
+        many.append(_engine.in_turns(turns, rounds))
+        for lab in labs.values():
+            remove_leases(_store(lab))
+        _wait_for_peers(labs.values(), lambda count: count == _HOSTS - 1)
+        few.append(_engine.in_turns(turns, rounds))
+    for name, what in turns:
+        alone, among = ([median(block[name, what]) for block in blocks] for blocks in (few, many))
+        shares = [
+            2 * found / (before + after)
+            for found, before, after in zip(among, alone, alone[1:], strict=False)
+        ]
+        subject = f"{what}, {name}, {_PEERS:,} peers"
+        unit = "Gbit/s" if what is _TCP else "/s"
+        yield figure(subject, median(among), unit, anchor=("1 peer", median(alone)))
+        yield figure(f"{subject} to 1 peer", median(shares), "times", ">= 0.97")
+
+
+def _store(lab: Lab) -> pathlib.Path:
+    return lab.state.path / "store.db"
+
+
+def _let_reach_strangers(lab: Lab) -> None:
+    """A peer counts only where there is a way to its address."""
+    for host in lab.plan.hosts:
+        _ip(host.namespace, f"route replace {UNDERLAY[Family.IPV4]} dev {UPLINK}")
+
+
+def _wait_for_peers(labs: Iterable[Lab], is_enough: Callable[[int], bool]) -> None:
+    """Return when every host's tunnel knows so many peers, and the agents have nothing to do."""
+    deadline = time.monotonic() + _PATIENCE_S
+    for host in (host for lab in labs for host in lab.plan.hosts):
+        while not is_enough(found := namespaces.inside(host.namespace, _count_peers)):
+            if time.monotonic() > deadline:
+                raise LabError(f"wait for peers of {host.namespace}: {found} after {_PATIENCE_S:g} s")
+            time.sleep(0.5)
+
+
+def _count_peers() -> int:
+    with urllib.request.urlopen(f"http://127.0.0.1:{_STATUS_PORT}/status", timeout=_PATIENCE_S) as answer:
+        tunnels = json.load(answer)["tables"]["UdpTunnel"]
+    return sum(len(tunnel["peers"]) for tunnel in tunnels.values())
+
+
+def _launch(store_url: str, subnet_file: pathlib.Path) -> tuple[str, ...]:
+    """An agent that can be asked."""
+    asked = ("--healthz-ip", "127.0.0.1", "--healthz-port", str(_STATUS_PORT))
+    return (*loden_run(store_url, subnet_file), *asked)
+
+
+def _restart(labs: Mapping[str, Lab], meter: Meter, program: pathlib.Path, rounds: int) -> Iterator[Figure]:
+    """Agents killed and started again while a connection takes what it can get and pings go beside it."""
+    del meter, rounds
+    for name, times, promise in ((_EBPF, _RESTARTS, "0"), (_ENGINE, 1, "")):
+        lab = labs[name]
+        ping, alone = ping_between(lab), ping_between(lab)
+        with _engine.carrying(program, fabric(lab)):
+            for _ in range(times):
+                started = time.monotonic()
+                with ping.running():
+                    time.sleep(BEFORE_S)
+                    restart(lab, _launch)
+                    time.sleep(AFTER_S)
+                took = time.monotonic() - started
+                with alone.running():
+                    time.sleep(took)
+        what = f"{name}, pings under load while agents restart"
+        yield figure(f"{what}, sent", ping.sent, "", anchor=("left alone", alone.sent))
+        yield figure(f"{what}, lost", ping.lost, "", promise, anchor=("left alone", alone.lost))
+
+
+_Part = Callable[[Mapping[str, Lab], Meter, pathlib.Path, int], Iterator[Figure]]
+_PARTS: Mapping[str, _Part] = {"tcp": _tcp, "datagrams": _datagrams, "peers": _peers, "restart": _restart}
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=2, help="how many, of about 90 s [2]")
+    parser.add_argument("--only", action="append", choices=_PARTS, help="this part; may be repeated")
+
+
+if __name__ == "__main__":
+    run(measure, about=__doc__, options=_options)
