@@ -41,6 +41,24 @@ static inline bool fits(const struct __sk_buff *skb, __u32 mtu, __u32 header, __
 	       (!mtu || wire_length(skb, header) <= mtu);
 }
 
+/* Out of the interface, to a peer that is near, or to the router that the kernel looks up. */
+static inline int send4(const struct peer4 *peer)
+{
+	struct bpf_redir_neigh next = { .nh_family = AF_INET, .ipv4_nh = peer->remote };
+
+	return peer->is_near ? bpf_redirect_neigh(peer->device, &next, sizeof(next), 0) :
+			       bpf_redirect_neigh(peer->device, NULL, 0, 0);
+}
+
+static inline int send6(const struct peer6 *peer)
+{
+	struct bpf_redir_neigh next = { .nh_family = AF_INET6 };
+
+	copy6(next.ipv6_nh, peer->remote);
+	return peer->is_near ? bpf_redirect_neigh(peer->device, &next, sizeof(next), 0) :
+			       bpf_redirect_neigh(peer->device, NULL, 0, 0);
+}
+
 static inline int encapsulate4(struct __sk_buff *skb)
 {
 	struct iphdr *inner = (void *)(long)skb->data;
@@ -83,7 +101,7 @@ static inline int encapsulate4(struct __sk_buff *skb)
 	note(peer, tx, length);
 	count(TX_PACKETS, 1);
 	count(TX_BYTES, length);
-	return bpf_redirect_neigh(peer->device, NULL, 0, 0);
+	return send4(peer);
 }
 
 static inline int encapsulate6(struct __sk_buff *skb)
@@ -124,7 +142,7 @@ static inline int encapsulate6(struct __sk_buff *skb)
 	note(peer, tx, length);
 	count(TX_PACKETS, 1);
 	count(TX_BYTES, length);
-	return bpf_redirect_neigh(peer->device, NULL, 0, 0);
+	return send6(peer);
 }
 
 SEC("tc")

@@ -16,6 +16,8 @@
 #define MOST_PEERS 131072
 #define MOST_LENGTH 65535 /* of an IP packet, and so of an outer one */
 #define MOST_WHOLE 15360 /* of a packet that is none of several: the kernel adds room to four pages of memory at most */
+#define AF_INET 2
+#define AF_INET6 10
 #define IP_DF 0x4000
 #define IP_FRAGMENT 0x3fff /* "more fragments", and the offset */
 
@@ -46,7 +48,8 @@ struct peer4 {
 	__u16 mtu;      /* most bytes of an inner packet; 0: whatever the TUN device carries */
 	__u32 device;   /* index of the outgoing interface; 0: let the engine find a way */
 	__u8 length;    /* of the subnet's prefix: a look-up from outside may find a wider one, another peer's */
-	__u8 pad[CACHE_LINE - 13];
+	__u8 is_near;   /* on the interface's own network: no route has to be looked up */
+	__u8 pad[CACHE_LINE - 14];
 	__u64 tx_packets, tx_bytes;
 	__u8 pad2[CACHE_LINE - 16];
 	__u64 rx_packets, rx_bytes;
@@ -58,7 +61,8 @@ struct peer6 {
 	__u16 mtu;
 	__u32 device;
 	__u8 length;
-	__u8 pad[CACHE_LINE - 25];
+	__u8 is_near;
+	__u8 pad[CACHE_LINE - 26];
 	__u64 tx_packets, tx_bytes;
 	__u8 pad2[CACHE_LINE - 16];
 	__u64 rx_packets, rx_bytes;

@@ -108,6 +108,13 @@ class TestPeers:
         expected = UdpPeer("flannel0", Prefix.parse("10.5.9.0/24"), parse_address("192.0.2.9"), 8285, "eth0")
         assert tuple(udp().entries(peer(), ROUTED)) == (expected,)
 
+    @pytest.mark.parametrize(("via", "is_near"), [(None, True), ("192.0.2.254", False)])
+    def test_is_near_where_no_router_stands_between(self, via: str | None, is_near: bool) -> None:
+        hop = Hop(2, via=None if via is None else parse_address(via), device="eth0")
+        (entry,) = udp().entries(peer(), hop)
+        assert isinstance(entry, UdpPeer)
+        assert entry.is_near is is_near
+
     def test_port_of_the_configuration_is_everybodys(self) -> None:
         (entry,) = udp(options='{"Port": 9000}').entries(peer(), ROUTED)
         assert isinstance(entry, UdpPeer)

@@ -183,7 +183,16 @@ class Udp:
             )
         mtu = self._narrow_mtu(leg, hop)
         device = DEVICES[leg.subnet.family]
-        peer = UdpPeer(device, leg.subnet, leg.public, port, hop.device, mtu, is_fast=_is_fast(leg))
+        peer = UdpPeer(
+            device,
+            leg.subnet,
+            leg.public,
+            port,
+            hop.device,
+            mtu,
+            is_fast=_is_fast(leg),
+            is_near=hop.via is None,
+        )
         return (peer, Route(leg.subnet, device, mtu=mtu)) if mtu else (peer,)
 
     @property

@@ -133,6 +133,7 @@ class UdpPeer(Entry, frozen=True, gc=False):
         device: the interface that leads there.
         mtu: the most bytes of a packet for it, where that is less than the TUN device carries; else 0.
         is_fast: whether the peer says that it takes packets in as the kernel hands them on.
+        is_near: whether no router stands between it and the interface.
     """
 
     tunnel: str
@@ -142,6 +143,7 @@ class UdpPeer(Entry, frozen=True, gc=False):
     device: str
     mtu: int = 0
     is_fast: bool = False
+    is_near: bool = False
 
     @property
     def slot(self) -> Hashable:

@@ -5,10 +5,10 @@
 
     struct settings { be32 own4; be32 own6[4]; be16 port; u8 allow_unknown; u8 pad; u32 tun; };
     struct subnet4  { u32 length; u8 address[4]; };
-    struct peer4    { u8 remote[4]; be16 port; u16 mtu; u32 device; u8 length; u8 pad[51];
+    struct peer4    { u8 remote[4]; be16 port; u16 mtu; u32 device; u8 length, is_near, pad[50];
                       u64 tx_packets, tx_bytes; u8 pad2[48]; u64 rx_packets, rx_bytes; };
     struct subnet6  { u32 length; u8 address[16]; };
-    struct peer6    { u8 remote[16]; be16 port; u16 mtu; u32 device; u8 length; u8 pad[39];
+    struct peer6    { u8 remote[16]; be16 port; u16 mtu; u32 device; u8 length, is_near, pad[38];
                       u64 tx_packets, tx_bytes; u8 pad2[48]; u64 rx_packets, rx_bytes; };
     struct remote   { u8 address[16]; be16 port; u16 pad; };
 """
@@ -36,7 +36,10 @@ COUNTERS = (
 
 _SETTINGS = struct.Struct("=4s16s2sBxI")
 _SUBNET = {Family.IPV4: struct.Struct("=I4s"), Family.IPV6: struct.Struct("=I16s")}
-_PEER = {Family.IPV4: struct.Struct("=4s2sHIB51x2Q48x2Q"), Family.IPV6: struct.Struct("=16s2sHIB39x2Q48x2Q")}
+_PEER = {
+    Family.IPV4: struct.Struct("=4s2sHI2B50x2Q48x2Q"),
+    Family.IPV6: struct.Struct("=16s2sHI2B38x2Q48x2Q"),
+}
 _REMOTE = struct.Struct("=16s2s2x")
 _COUNT = struct.Struct("=I")
 
@@ -84,6 +87,7 @@ class Standing(msgspec.Struct, frozen=True):
     port: int
     index: int
     mtu: int
+    is_near: bool
     traffic: Traffic
 
 
@@ -130,7 +134,9 @@ class FastPath:
         if is_moved:
             self._count_remote(peer.remote, peer.port, 1)
         counted = msgspec.structs.astuple(before.traffic) if before is not None else (0, 0, 0, 0)
-        value = _PEER[family].pack(peer.remote, port, peer.mtu, index, peer.subnet.length, *counted)
+        value = _PEER[family].pack(
+            peer.remote, port, peer.mtu, index, peer.subnet.length, peer.is_near, *counted
+        )
         self._peers(family).put(_key(peer.subnet), value)
         if is_moved and before is not None:
             self._count_remote(before.remote, before.port, -1)
@@ -194,6 +200,6 @@ def _key(subnet: Prefix) -> bytes:
 
 def _parse(address: bytes, value: bytes) -> Standing:
     """A peer as its value and the first address of its subnet tell it."""
-    remote, port, mtu, index, length, *traffic = _PEER[Family.of(address)].unpack(value)
+    remote, port, mtu, index, length, is_near, *traffic = _PEER[Family.of(address)].unpack(value)
     subnet = Prefix.of(address, length)
-    return Standing(subnet, remote, int.from_bytes(port, "big"), index, mtu, Traffic(*traffic))
+    return Standing(subnet, remote, int.from_bytes(port, "big"), index, mtu, bool(is_near), Traffic(*traffic))

@@ -147,15 +147,16 @@ class Carrier:
         found: dict[Prefix, UdpPeer] = {}
         for one in self.fast.peers():
             known = self._peers.get(one.subnet)
-            is_known = known is not None and (known.remote, known.port, known.mtu, self._index(known)) == (
-                one.remote, one.port, one.mtu, one.index,
-            )  # fmt: skip
+            is_known = known is not None and (
+                (known.remote, known.port, known.mtu, known.is_near, self._index(known))
+                == (one.remote, one.port, one.mtu, one.is_near, one.index)
+            )
             if known is not None and is_known:
                 found[one.subnet] = known
             else:
                 device = self._devices.name(one.index) or ""
                 found[one.subnet] = UdpPeer(
-                    self.entry.device, one.subnet, one.remote, one.port, device, one.mtu
+                    self.entry.device, one.subnet, one.remote, one.port, device, one.mtu, is_near=one.is_near
                 )
         return found
 
