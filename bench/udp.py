@@ -37,6 +37,7 @@ _DATAGRAMS_S = 0.5
 _LATENCY_S = 0.6
 _RESTARTS = 3
 _PEERS, _FILLS = 10_000, 1
+_SETTLE_S = 1.0
 _STATUS_PORT = 8080
 _PATIENCE_S = 60.0
 _TCP, _SMALL = "TCP, 1 stream", f"{_engine.DATAGRAM_BYTES}-byte datagrams"
@@ -242,7 +243,7 @@ def _datagrams(labs: Mapping[str, Lab], meter: Meter, program: pathlib.Path, rou
                 name: functools.partial(_engine.datagrams, program, path, seconds=_DATAGRAMS_S)
                 for name, path in paths.items()
             },
-            4 * rounds,
+            3 * rounds,
         )
         answers = _engine.in_turns(
             {
@@ -271,29 +272,30 @@ def _peers(labs: Mapping[str, Lab], meter: Meter, program: pathlib.Path, rounds:
     """The same hosts with one peer, with thousands, with one again: other hosts would differ by more."""
     labs = {name: lab for name, lab in labs.items() if name != _VXLAN}
     paths = {name: fabric(lab) for name, lab in labs.items()}
-    turns = {
-        **{
-            (name, _TCP): functools.partial(meter.tcp, "peers", path, streams=1)
-            for name, path in paths.items()
-        },
-        **{
-            (name, _SMALL): functools.partial(_engine.datagrams, program, path, seconds=_DATAGRAMS_S)
-            for name, path in paths.items()
-        },
+    tcp = {
+        (name, _TCP): functools.partial(meter.tcp, "peers", path, streams=1) for name, path in paths.items()
     }
-    few, many = [_engine.in_turns(turns, rounds)], []
+    small = {
+        (name, _SMALL): functools.partial(_engine.datagrams, program, path, seconds=_DATAGRAMS_S)
+        for name, path in paths.items()
+    }
+
+    def carried() -> dict[tuple[str, str], list[float]]:
+        return _engine.in_turns(tcp, rounds) | _engine.in_turns(small, 2 * rounds)
+
+    few, many = [carried()], []
     for lab in labs.values():
         _let_reach_strangers(lab)
     for _ in range(_FILLS):
         for lab in labs.values():
             add_leases(_store(lab), _PEERS, "")
         _wait_for_peers(labs.values(), lambda count: count > _PEERS * 0.99)
-        many.append(_engine.in_turns(turns, rounds))
+        many.append(carried())
         for lab in labs.values():
             remove_leases(_store(lab))
         _wait_for_peers(labs.values(), lambda count: count == _HOSTS - 1)
-        few.append(_engine.in_turns(turns, rounds))
-    for name, what in turns:
+        few.append(carried())
+    for name, what in few[0]:
         alone, among = ([median(block[name, what]) for block in blocks] for blocks in (few, many))
         shares = [
             2 * found / (before + after)
@@ -316,13 +318,14 @@ def _let_reach_strangers(lab: Lab) -> None:
 
 
 def _wait_for_peers(labs: Iterable[Lab], is_enough: Callable[[int], bool]) -> None:
-    """Return when every host's tunnel knows so many peers, and the agents have nothing to do."""
+    """Return when every host's tunnel knows so many peers, and a moment later."""
     deadline = time.monotonic() + _PATIENCE_S
     for host in (host for lab in labs for host in lab.plan.hosts):
         while not is_enough(found := namespaces.inside(host.namespace, _count_peers)):
             if time.monotonic() > deadline:
                 raise LabError(f"wait for peers of {host.namespace}: {found} after {_PATIENCE_S:g} s")
             time.sleep(0.5)
+    time.sleep(_SETTLE_S)
 
 
 def _count_peers() -> int:
@@ -363,7 +366,7 @@ _PARTS: Mapping[str, _Part] = {"tcp": _tcp, "datagrams": _datagrams, "peers": _p
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=2, help="how many, of about 90 s [2]")
+    parser.add_argument("--rounds", type=int, default=3, help="how many, of about 60 s [3]")
     parser.add_argument("--only", action="append", choices=_PARTS, help="this part; may be repeated")
 
 
