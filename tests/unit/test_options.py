@@ -6,6 +6,7 @@ from loden.errors import ConfigError
 from loden.firewall.rules import FirewallOptions
 from loden.interface import Selection
 from loden.options import FLAGS, NOT_YET, StoreOptions, build, read_command_line, read_environment
+from loden.stores.access import Access, Secret
 
 
 def test_defaults_are_flannels() -> None:
@@ -96,6 +97,69 @@ def test_command_line_is_read_as_go_does(words: list[str], flags: list[str]) -> 
 def test_switch_that_is_neither_true_nor_false_is_refused() -> None:
     with pytest.raises(ConfigError, match="--version: 'yes' is not a boolean"):
         list(read_command_line(["--version=yes"]))
+
+
+FLANNELS_PLACE = "etcd://127.0.0.1:4001,127.0.0.1:2379/coreos.com/network"
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ({"store": "etcd://h:2379/x"}, "etcd://h:2379/x"),
+        ({"etcd-endpoints": "https://h:2379"}, "etcds://h:2379/coreos.com/network"),
+        ({"etcd-prefix": "/my/net"}, "etcd://127.0.0.1:4001,127.0.0.1:2379/my/net"),
+        ({"etcd-username": "u"}, FLANNELS_PLACE),
+        ({"etcd-endpoints": "http://a,http://b:9", "etcd-prefix": "/x/"}, "etcd://a:2379,b:9/x"),
+    ],
+)
+def test_flannels_etcd_flags_name_the_store(given: dict[str, str], url: str) -> None:
+    assert build({name: (text,) for name, text in given.items()}).store.url == url
+
+
+def test_who_we_are_in_etcd_is_kept_and_the_password_is_not_shown() -> None:
+    given = {
+        "etcd-endpoints": ("https://h:2379",),
+        "etcd-cafile": ("/ca",),
+        "etcd-certfile": ("/cert",),
+        "etcd-keyfile": ("/key",),
+        "etcd-username": ("flannel",),
+        "etcd-password": ("geheim",),
+    }
+    access = build(given).store.access
+    assert access == Access(
+        ca_file="/ca", cert_file="/cert", key_file="/key", username="flannel", password=Secret("geheim")
+    )
+    assert access.password.reveal() == "geheim"
+    assert "geheim" not in repr(build(given))
+
+
+def test_etcd_comes_from_the_environment() -> None:
+    found, ignored = read_environment(
+        {
+            "FLANNELD_ETCD_ENDPOINTS": "http://h:2379",
+            "FLANNELD_ETCD_PASSWORD": "a",
+            "LODEN_ETCD_PASSWORD": "b",
+        }
+    )
+    assert not ignored
+    store = build(found).store
+    assert store.url == "etcd://h:2379/coreos.com/network"
+    assert store.access.password == Secret("b")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"store": "etcd://h", "etcd-endpoints": "http://h"}, "--etcd-endpoints names another place"),
+        ({"store": "etcd://h", "etcd-prefix": "/x"}, "--etcd-prefix names another place"),
+        ({"store": "sqlite:///x", "etcd-username": "u"}, "it is not in etcd"),
+        ({"etcd-endpoints": "http://h", "etcd-cafile": "/ca"}, "http:// does not go with certificates"),
+        ({"etcd-endpoints": "https://h", "etcd-certfile": "/c"}, "only one of them is given"),
+    ],
+)
+def test_store_flags_that_contradict_each_other_are_refused(given: dict[str, str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        build({name: (text,) for name, text in given.items()})
 
 
 @pytest.mark.parametrize("name", sorted(NOT_YET))

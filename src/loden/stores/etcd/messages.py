@@ -13,6 +13,8 @@ from enum import IntEnum
 
 import msgspec
 
+from loden.errors import StoreUnavailable
+
 RANGE = "/etcdserverpb.KV/Range"
 TXN = "/etcdserverpb.KV/Txn"
 WATCH = "/etcdserverpb.Watch/Watch"
@@ -26,8 +28,11 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _DELETE = 1  # mvccpb.Event.EventType
 
 
-class Malformed(ValueError):
+class Malformed(StoreUnavailable):
     """Bytes that are no protobuf message."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"read etcd's answer: {reason}", hint="is it etcd that answers?")
 
 
 class KeyValue(msgspec.Struct, frozen=True, gc=False):
