@@ -244,6 +244,20 @@ class StoreContract:
 
         run(work)
 
+    def test_leases_of_ipv6_alone_stand_side_by_side(self, place: Place) -> None:
+        """W6: the IPv4 half of their keys is the same zero."""
+
+        async def work() -> None:
+            async with handles(place) as (store,):
+                for number in (1, 2):
+                    leg = Leg(Prefix.parse(f"fc00:0:0:{number}::/64"), parse_address(f"fd00::{number}"))
+                    await store.create(Lease(ipv6=leg), holder=holder(str(number)))
+                assert len((await store.snapshot()).records) == 2
+                with pytest.raises(Conflict):
+                    await store.create(Lease(ipv6=Leg(Prefix.parse("fc00:0:0:2::/64"))), holder=None)
+
+        run(work)
+
     def test_create_with_one_half_taken_conflicts_and_claims_nothing(self, place: Place) -> None:
         """W7: two dual-stack leases with the same IPv4 subnet or the same IPv6 one."""
 

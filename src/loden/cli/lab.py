@@ -78,6 +78,13 @@ def _spec_options(function: Callable[..., T]) -> Callable[..., T]:
             show_default=True,
             help="All hosts in one segment, each in its own behind a router, or two in each.",
         ),
+        click.option(
+            "--store",
+            type=click.Choice(["sqlite", "etcd"]),
+            default="sqlite",
+            show_default=True,
+            help="Where the agents have their leases; an etcd of the lab's own is started, and ends with it.",
+        ),
     )
     for option in reversed(options):
         function = option(function)

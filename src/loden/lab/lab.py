@@ -15,13 +15,22 @@ import msgspec
 from loden.address import Family, format_address
 from loden.backends import describe
 from loden.errors import LabError
-from loden.lab import namespaces, probe, processes, throughput
+from loden.lab import etcd, namespaces, probe, processes, throughput
 from loden.lab.agents import READY_S, Agents, Launch, loden_run
 from loden.lab.clouds.catalogue import CLOUDS, require_installed
 from loden.lab.network import container_ranges, network_text, require_room
 from loden.lab.report import HostReport, HostStatus, Pair, Report, Status, complaints
 from loden.lab.state import State
-from loden.lab.topology import Host, Plan, Spec, family_name, measured_family, plan
+from loden.lab.topology import (
+    Host,
+    Plan,
+    Spec,
+    StoreKind,
+    family_name,
+    measured_family,
+    plan,
+    store_address,
+)
 from loden.lab.wiring import (
     HostSubnets,
     bridge_wiring,
@@ -226,7 +235,8 @@ def up(
     Raises:
         LodenError: nothing was made, or everything was removed again.
     """
-    planned, text = plan(spec), _checked_network(spec)
+    planned = plan(spec)
+    _require_usable_network(spec)
     if spec.backend in CLOUDS:
         require_installed(spec.backend)
     state = State(spec.name)
@@ -238,21 +248,18 @@ def up(
             raise
         try:
             state.save(planned)
-            asyncio.run(_put_network(state.store_url, text))
             return _make(state, planned, lock=lock, launch=launch, ready_s=ready_s, progress=progress)
         except BaseException:
             _remove(state, planned, lock)
             raise
 
 
-def _checked_network(spec: Spec) -> bytes:
-    """The network configuration for the store, if every agent of the lab can live by it."""
-    text = network_text(spec)
-    network, errors = check_network(text, describe)
+def _require_usable_network(spec: Spec) -> None:
+    """Refuse a network configuration that not every agent of the lab can live by."""
+    network, errors = check_network(network_text(spec), describe)
     if network is None:
         raise errors[0]
     require_room(spec, network)
-    return text
 
 
 def _refuse_foreign(planned: Plan) -> None:
@@ -272,6 +279,18 @@ async def _put_network(url: str, text: bytes) -> None:
         await store.close()
 
 
+def _start_store(state: State, planned: Plan) -> str:
+    """Have a store that holds the network; its URL, for whoever is in a host."""
+    text = network_text(planned.spec)
+    if planned.spec.store is StoreKind.SQLITE:
+        asyncio.run(_put_network(state.store_url, text))
+        return state.store_url
+    url = etcd.url(planned)
+    etcd.start(planned.switch, store_address(planned), state.path / "etcd")
+    namespaces.inside(planned.switch, lambda: asyncio.run(_put_network(url, text)))
+    return url
+
+
 def _make(
     state: State, planned: Plan, *, lock: int, launch: Launch, ready_s: float, progress: Progress
 ) -> Lab:
@@ -287,7 +306,10 @@ def _make(
             starting = _counter("start the cloud", 1, progress)
             cloud.start_cloud(planned)
             cloud.wait_ready(timeout_s=ready_s, on_ready=lambda _: starting())
-    with Agents(state, launch, backend=planned.spec.backend) as agents:
+    url = _start_store(state, planned)
+    with Agents(
+        state, lambda _, subnet_file: launch(url, subnet_file), backend=planned.spec.backend
+    ) as agents:
         ready = _counter("start agents", len(hosts), progress)
         for host in hosts:
             agents.start(host)

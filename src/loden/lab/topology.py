@@ -27,6 +27,7 @@ UNDERLAY = {Family.IPV4: Prefix.parse("198.18.0.0/15"), Family.IPV6: Prefix.pars
 _SEGMENT_LENGTH = {Family.IPV4: 24, Family.IPV6: 64}
 
 MOST_HOSTS = 250
+_STORE_PLACE = 253  # in a segment; the router is behind it
 MOST_CONTAINERS = 100
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
 
@@ -55,6 +56,13 @@ class Stack(enum.StrEnum):
         return tuple(family for family in Family if self in (Stack.DUAL, family_name(family)))
 
 
+class StoreKind(enum.StrEnum):
+    """Where the lab's agents have their leases."""
+
+    SQLITE = "sqlite"
+    ETCD = "etcd"
+
+
 def family_name(family: Family) -> str:
     """As command line and JSON have it: ``ipv4`` or ``ipv6``."""
     return str(family).lower()
@@ -73,6 +81,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
         underlay: the family that ``--throughput`` measures; None for the first of those there are.
         network, network6: all container addresses of a family.
         topology: of the underlay.
+        store: SQLite, in the lab's directory; or an etcd of the lab's own.
     """
 
     name: str = "lab"
@@ -85,6 +94,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     network: str = "10.5.0.0/16"
     network6: str = "fd00:5::/48"
     topology: Topology = Topology.SWITCHED
+    store: StoreKind = StoreKind.SQLITE
 
 
 class Segment(msgspec.Struct, frozen=True):
@@ -270,6 +280,16 @@ def _host(spec: Spec, *, number: int, segment: Segment, place: int) -> Host:
             for index in range(1, spec.containers + 1)
         ),
     )
+
+
+def store_address(plan: Plan, family: Family | None = None) -> bytes:
+    """Where hosts find the lab's etcd, packed: in the first segment, behind the last host.
+
+    Args:
+        plan: of the lab.
+        family: None for the lab's first.
+    """
+    return nth(plan.segments[0].prefixes[family or plan.families[0]], _STORE_PLACE)
 
 
 def nth(prefix: Prefix, number: int) -> bytes:

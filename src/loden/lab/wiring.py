@@ -8,7 +8,7 @@ import msgspec
 from loden.address import Family, Prefix, format_address, parse_address
 from loden.errors import LabError
 from loden.lab.clouds.catalogue import CLOUDS, addresses
-from loden.lab.topology import Host, Plan, nth
+from loden.lab.topology import Host, Plan, StoreKind, nth, store_address
 
 UPLINK = "eth0"
 BRIDGE = "cni0"
@@ -131,6 +131,11 @@ def switch_wiring(plan: Plan) -> Wiring:
                 Address(segment.bridge, router, segment.prefixes[family].length)
                 for segment in plan.segments
                 for family, router in segment.routers.items()
+            ),
+            *(
+                Address(plan.segments[0].bridge, store_address(plan, family), prefix.length)
+                for family, prefix in plan.segments[0].prefixes.items()
+                if plan.spec.store is StoreKind.ETCD
             ),
         ),
         forwards=plan.families if len(plan.segments) > 1 or plan.spec.backend in CLOUDS else (),

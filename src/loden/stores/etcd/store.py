@@ -161,7 +161,7 @@ class EtcdStore:
         parse_key(key)
         record = Record(key, lease, 0, holder=holder)
         granted = 0 if reserve else await self._grant()
-        compare = [*self._absent(key), *claims.unclaimed(self._keys.claims, lease)]
+        compare = [*self._absent(lease), *claims.unclaimed(self._keys.claims, lease)]
         puts, looks = self._puts(record, granted), self._looks(lease)
         answer = await self._write(compare, puts, looks, unsure=(granted,))
         if not answer.succeeded and await self._clear_stale_claims(lease, answer):
@@ -292,11 +292,12 @@ class EtcdStore:
 
     # Writing.
 
-    def _absent(self, key: str) -> Iterable[bytes]:
+    def _absent(self, lease: Lease) -> Iterable[bytes]:
         """Nobody has this key, and no flannel node its IPv4 half in a dual-stack key."""
-        yield messages.equal(Target.VERSION, self._keys.subnet(key), 0)
-        ipv4 = self._keys.subnet(key.partition("&")[0])
-        yield messages.equal(Target.VERSION, ipv4, 0, end=ipv4 + b"'")
+        yield messages.equal(Target.VERSION, self._keys.subnet(lease.key), 0)
+        if lease.ipv4 is not None:
+            ipv4 = self._keys.subnet(lease.key.partition("&")[0])
+            yield messages.equal(Target.VERSION, ipv4, 0, end=ipv4 + b"'")
 
     def _puts(self, record: Record, lease_id: int) -> list[bytes]:
         """A lease, its holder and its claims, all with one etcd lease."""
