@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from loden.address import Family, format_address
-from loden.lab import namespaces, probe, processes, topology, wiring
-from loden.lab.topology import Spec, Topology
+from loden.lab import etcd, namespaces, probe, processes, topology, wiring
+from loden.lab.topology import Spec, StoreKind, Topology
 from loden.lab.wiring import UPLINK
 from loden.stores import open_store
 from loden.stores.base import Record, Snapshot, Store
@@ -303,6 +303,7 @@ class Hosts:
         count: of hosts.
         shape: of the underlay.
         ttl_s: how long a lease lasts.
+        store: SQLite's file; or an etcd, which whoever makes the hosts starts.
     """
 
     def __init__(
@@ -313,11 +314,13 @@ class Hosts:
         count: int = 2,
         shape: Topology = Topology.SWITCHED,
         ttl_s: float | None = None,
+        store: StoreKind = StoreKind.SQLITE,
     ) -> None:
         self.directory = directory
-        self.plan = topology.plan(Spec(name=name, hosts=count, topology=shape))
+        self.plan = topology.plan(Spec(name=name, hosts=count, topology=shape, store=store))
         self.store_file = directory / "store" / "loden.db"
-        self.store_url = f"sqlite://{self.store_file}" + (f"?ttl={ttl_s}" if ttl_s else "")
+        url = f"sqlite://{self.store_file}" if store is StoreKind.SQLITE else etcd.url(self.plan)
+        self.store_url = url + (f"?ttl={ttl_s}" if ttl_s else "")
         self._lock = os.open(directory, os.O_RDONLY)
         self.hosts = [Host(directory / one.name, one, self.store_url, self._lock) for one in self.plan.hosts]
 
