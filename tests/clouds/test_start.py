@@ -574,6 +574,22 @@ class TestAlibaba:
         tokens = [call.parameters.get("NextToken") for call in alibaba.calls("DescribeRouteEntryList")]
         assert tokens == [None, "100"]
 
+    def test_several_tables_each_get_what_they_miss(self, alibaba: AlibabaSite, store: MemoryStore) -> None:
+        """COMPAT §8.3: flannel looks at the first table only."""
+        tables = [alibaba.double.main_table, alibaba.double.add_table("Custom", ["vsw-others"])]
+        alibaba.put_fabric(OWN, 1)
+        run(started(alibaba, store, RouteTableID=tables))
+        assert [call.parameters["RouteTableId"] for call in alibaba.calls("CreateRouteEntry")] == tables[1:]
+        assert all(alibaba.double.routes(table) == {str(OWN): alibaba.target(1)} for table in tables)
+
+    def test_table_that_is_not_there_is_named(self, alibaba: AlibabaSite, store: MemoryStore) -> None:
+        async def work() -> str:
+            agent = Agent(alibaba, 1, {"RouteTableID": "vtb-nowhere"})
+            await agent.join(store, OWN)
+            return str(await agent.try_to_look())
+
+        assert "list routes of vtb-nowhere: The specified route table does not exist" in run(work())
+
     def test_entry_that_flannel_made_is_kept(self, alibaba: AlibabaSite, store: MemoryStore) -> None:
         alibaba.double.put_entry(str(OWN), alibaba.target(1))
         run(started(alibaba, store))

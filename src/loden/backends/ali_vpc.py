@@ -7,18 +7,18 @@ from typing import ClassVar
 import msgspec
 
 from loden.backends.base import Host
-from loden.backends.cloud import COMMON_NAMES, CloudBackend, CloudOptions
+from loden.backends.cloud import TABLE_NAMES, CloudBackend, TableOptions
 from loden.clouds.alibaba import CHECK, Alibaba
 from loden.errors import ConfigError
 from loden.secret import Secret
 from loden.tables.cloud import Cloud
 from loden.tables.entries import CloudSetting
 
-_NAMES = {**COMMON_NAMES, "access_key_id": "AccessKeyID", "access_key_secret": "AccessKeySecret"}
+_NAMES = {**TABLE_NAMES, "access_key_id": "AccessKeyID", "access_key_secret": "AccessKeySecret"}
 _NONE = Secret("")
 
 
-class Options(CloudOptions, frozen=True, rename=_NAMES):
+class Options(TableOptions, frozen=True, rename=_NAMES):
     """The options of ``ali-vpc``.
 
     Args:
@@ -31,7 +31,7 @@ class Options(CloudOptions, frozen=True, rename=_NAMES):
 
 
 class AliVpc(CloudBackend):
-    """One route entry."""
+    """One route entry, in each table."""
 
     Options: ClassVar[type[msgspec.Struct]] = Options
     type_name: ClassVar[str] = "ali-vpc"
@@ -52,4 +52,10 @@ class AliVpc(CloudBackend):
             )
 
     def open(self) -> Cloud:
-        return Alibaba(address=self.address, key_id=self._key_id, key_secret=self._key_secret)
+        assert isinstance(self.options, Options)
+        return Alibaba(
+            address=self.address,
+            key_id=self._key_id,
+            key_secret=self._key_secret,
+            tables=self.options.tables,
+        )

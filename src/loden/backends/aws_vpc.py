@@ -7,36 +7,16 @@ from typing import ClassVar
 import msgspec
 
 from loden.address import Family
-from loden.backends.cloud import COMMON_NAMES, CloudBackend, CloudOptions
+from loden.backends.cloud import CloudBackend, TableOptions
 from loden.clouds.aws import CHECK, MARK, Aws
 from loden.tables.cloud import Cloud
 from loden.tables.entries import CloudSetting
 
 
-class Options(CloudOptions, frozen=True, rename={**COMMON_NAMES, "route_table_id": "RouteTableID"}):
-    """The options of ``aws-vpc``.
-
-    Args:
-        route_table_id: one or several route tables; None for the one that serves the host's subnet.
-    """
-
-    route_table_id: str | tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.route_table_id is not None and not all(self.tables):
-            raise ValueError("RouteTableID: an empty ID; leave it out to find the table by the host's subnet")
-
-    @property
-    def tables(self) -> tuple[str, ...]:
-        """The route tables' IDs."""
-        given = self.route_table_id
-        return (given,) if isinstance(given, str) else given or ()
-
-
 class AwsVpc(CloudBackend):
     """One route, in each table."""
 
-    Options: ClassVar[type[msgspec.Struct]] = Options
+    Options: ClassVar[type[msgspec.Struct]] = TableOptions
     type_name: ClassVar[str] = "aws-vpc"
     families: ClassVar[tuple[Family, ...]] = (Family.IPV4, Family.IPV6)
     client: ClassVar[tuple[str, str]] = ("boto3", "aws")
@@ -46,5 +26,5 @@ class AwsVpc(CloudBackend):
         return (*self.settings, CloudSetting(MARK, self.network))
 
     def open(self) -> Cloud:
-        assert isinstance(self.options, Options)
+        assert isinstance(self.options, TableOptions)
         return Aws(address=self.address, network=self.network, tables=self.options.tables)

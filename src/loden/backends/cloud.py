@@ -21,6 +21,7 @@ from loden.tables.cloud import Cloud
 from loden.tables.entries import CloudRoute, CloudSetting, Entry
 
 COMMON_NAMES = {"route_limit": "RouteLimit", "check_interval": "CheckInterval", "grace_period": "GracePeriod"}
+TABLE_NAMES = {**COMMON_NAMES, "route_table_id": "RouteTableID"}
 
 
 class CloudOptions(msgspec.Struct, frozen=True, rename=COMMON_NAMES):
@@ -35,6 +36,26 @@ class CloudOptions(msgspec.Struct, frozen=True, rename=COMMON_NAMES):
     route_limit: Annotated[int, msgspec.Meta(ge=1, le=100_000)] | None = None
     check_interval: Annotated[int, msgspec.Meta(ge=1, le=86_400)] = 300
     grace_period: Annotated[int, msgspec.Meta(ge=1, le=604_800)] = 600
+
+
+class TableOptions(CloudOptions, frozen=True, rename=TABLE_NAMES):
+    """The options of clouds with route tables.
+
+    Args:
+        route_table_id: one or several route tables; None for the one that serves the host's subnet.
+    """
+
+    route_table_id: str | tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.route_table_id is not None and not all(self.tables):
+            raise ValueError("RouteTableID: an empty ID; leave it out to find the table by the host's subnet")
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The route tables' IDs."""
+        given = self.route_table_id
+        return (given,) if isinstance(given, str) else given or ()
 
 
 class CloudBackend(Plain):

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -92,6 +92,7 @@ class Alibaba:
     Args:
         address: the instance's private address (packed) that peers use.
         key_id, key_secret: of the account; both empty for the instance's role.
+        tables: IDs of route tables; none to find the one that serves the instance's vSwitch.
     """
 
     name = "Alibaba Cloud"
@@ -99,8 +100,11 @@ class Alibaba:
     poll_s = 1.0
     limits = Limits(200, "raise 'custom route entries in a route table' for VPC in the Quota Center")
 
-    def __init__(self, *, address: bytes, key_id: Secret, key_secret: Secret) -> None:
+    def __init__(
+        self, *, address: bytes, key_id: Secret, key_secret: Secret, tables: Sequence[str] = ()
+    ) -> None:
         self._address = address
+        self._given = tuple(tables)
         self._key_id = key_id
         self._key_secret = key_secret
         self._instance: Instance | None = None
@@ -116,14 +120,15 @@ class Alibaba:
         return f"instance {here.id}, interface {here.interface}, {here.vpc} in {here.region}"
 
     def list_routes(self) -> Listing:
-        table = self._find_table()
+        tables = self._given or (self._find_table(),)
         try:
-            entries = list(self._describe_entries(table))
+            entries = {table: list(self._describe_entries(table)) for table in tables}
         except CloudError as error:
             if error.code.startswith("InvalidRouteTableId"):
                 self._table = ""  # it went, and the next look finds another
             raise
-        return Listing((table,), tuple(map(self._listed, entries)), {table: len(entries)})
+        listed = tuple(self._listed(entry) for found in entries.values() for entry in found)
+        return Listing(tables, listed, {table: len(found) for table, found in entries.items()})
 
     def _find_table(self) -> str:
         """The route table that serves this instance's vSwitch: its own, else the VPC's first one."""

@@ -94,8 +94,7 @@ class Aws:
 
     name = "AWS"
     limits = Limits(
-        50,
-        "raise 'Routes per route table' in Service Quotas, or give the hosts' subnets several route tables",
+        50, "raise 'Routes per route table' in Service Quotas, or use the backend vxlan, which needs none"
     )
 
     def __init__(self, *, address: bytes, network: str, tables: Sequence[str] = ()) -> None:
