@@ -6,7 +6,7 @@ what is wanted, put, dropped and repaired works as for the kernel's tables.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from loden.address import Prefix
 from loden.backends.cloud import CloudBackend
@@ -17,7 +17,7 @@ from loden.reconcile import Pace, Reconciler
 from loden.stores.base import Changes, Record, Snapshot, Store
 from loden.tables.cloud_calls import CloudCalls
 from loden.tables.cloud_plan import Census
-from loden.tables.cloud_tables import CloudRouteTable, CloudSettingTable
+from loden.tables.cloud_tables import CloudRouteTable, CloudSettingTable, Terms
 from loden.tables.entries import CloudRoute, CloudSetting, Entry
 
 log = logging.getLogger(__name__)
@@ -38,9 +38,17 @@ class CloudRoutes:
         backend: opens the cloud.
         network: the cluster's configuration.
         store: says who holds which subnet.
+        is_held: whether the own lease is held now.
     """
 
-    def __init__(self, backend: CloudBackend, network: Network, store: Store) -> None:
+    def __init__(
+        self,
+        backend: CloudBackend,
+        network: Network,
+        store: Store,
+        *,
+        is_held: Callable[[], bool] = lambda: True,
+    ) -> None:
         options = backend.options
         self._store = store
         self._record: Record | None = None
@@ -50,8 +58,8 @@ class CloudRoutes:
             self._calls,
             network.ranges,
             self._take_census,
-            limit=options.route_limit,
-            grace_s=float(options.grace_period),
+            terms=Terms(limit=options.route_limit, grace_s=float(options.grace_period)),
+            is_held=is_held,
         )
         self._settings = CloudSettingTable(self._calls)
         self._wanted: list[Entry] = []
@@ -132,6 +140,16 @@ class CloudRoutes:
         while not self.is_standing:
             await self._reconciler.wait_pass()
 
+    @staticmethod
+    def _who_acts(snapshot: Snapshot) -> set[str]:
+        """The keys of hosts that remove routes of others: not those of reservations or of flannel's nodes.
+
+        Where the store does not tell (it keeps no holders at all), they are all taken for ours.
+        """
+        return {key for key, record in snapshot.records.items() if record.holder is not None} or set(
+            snapshot.records
+        )
+
     def _is_ours(self, found: Record | None) -> bool:
         """Whether the record under our key still is our lease: who lost it may not have heard of that yet."""
         own = self._record
@@ -161,7 +179,7 @@ class CloudRoutes:
         return Census(
             live=frozenset(live),
             own=held.get(own, frozenset()),
-            holders=frozenset(held),
+            holders=frozenset(self._who_acts(snapshot)),
             me=own,
             addresses=dict(self._addresses),
         )

@@ -5,6 +5,7 @@ import http.client
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from loden.lab.lab import Lab, down, running, up
 from loden.lab.state import names
 from loden.lab.topology import Host, Spec, plan
 from loden.secret import Secret
+from tests.end_to_end.conftest import MakeHosts
 from tests.end_to_end.hosts import wait_until
 
 pytestmark = pytest.mark.kernel
@@ -356,3 +358,46 @@ def test_killed_lab_leaves_no_cloud_behind() -> None:
 def _die_among_agents(stage: str, done: int, total: int) -> None:
     if (stage, done) == ("start agents", 1):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("backend", list(CLOUDS))
+def test_agent_outside_of_its_cloud_says_so_and_goes_on(make_hosts: MakeHosts, backend: str) -> None:
+    hosts = make_hosts(count=1)
+    hosts.put_network(f'{{"Network": "10.5.0.0/16", "Backend": {{"Type": "{backend}"}}}}')
+    agent = hosts[0].start()
+    agent.wait_line(
+        "reading the routes of", "fails, trying again: read", "metadata at http://", "unreachable"
+    )
+    assert len(hosts.leases()) == 1
+    wait_until("it says what it waits for", lambda: "STATUS=waiting for the cloud's route" in agent.told)
+    assert "READY=1" not in agent.told
+    assert agent.stop() == 0
+
+
+def test_agent_ends_at_once_though_its_cloud_hangs(make_hosts: MakeHosts) -> None:
+    hosts = make_hosts(count=1)
+    hosts.put_network('{"Network": "10.5.0.0/16", "Backend": {"Type": "aws-vpc"}}')
+    hosts[0].ip("address add 169.254.169.254/32 dev lo")
+    with hosts[0].inside(lambda: socket.create_server(("169.254.169.254", 80))) as silent:
+        agent = hosts[0].start()
+        silent.settimeout(_LONG_S)
+        with silent.accept()[0]:  # the question is there, and will have no answer
+            assert agent.stop() == 0
+
+
+def test_plan_is_refused_where_there_is_nothing_to_plan(make_hosts: MakeHosts) -> None:
+    hosts = make_hosts(count=1)
+
+    def plan_of(network: str) -> str:
+        hosts.put_network(network)
+        command = [sys.executable, "-m", "loden.cli.main", "cloud", "plan", "--store", hosts.store_url]
+        done = hosts[0].inside(
+            lambda: subprocess.run([*command, "--iface", "eth0"], capture_output=True, text=True, check=False)
+        )
+        assert done.returncode == 1
+        return done.stderr
+
+    assert "vxlan has no routes in a cloud" in plan_of('{"Network": "10.5.0.0/16"}')
+    said = plan_of('{"Network": "10.5.0.0/16", "Backend": {"Type": "gce"}}')
+    assert "this host has no lease" in said
+    assert "loden run" in said

@@ -14,7 +14,7 @@ from loden.errors import CloudError, CloudUnavailable, ForeignRoute, LodenError,
 from loden.network import parse_network
 from loden.tables.cloud_calls import CloudCalls
 from loden.tables.cloud_plan import Census
-from loden.tables.cloud_tables import CloudRouteTable, CloudSettingTable
+from loden.tables.cloud_tables import CloudRouteTable, CloudSettingTable, Terms
 from loden.tables.entries import CloudRoute, CloudSetting
 from tests.unit.fake_cloud import Account
 
@@ -41,12 +41,13 @@ class Host:
         self.name = name
         self.own = own
         self.store_error: LodenError | None = None
+        self.is_held = True
         self.table = CloudRouteTable(
             CloudCalls(world.account.host(name)),
             RANGES,
             self._take_census,
-            limit=limit,
-            grace_s=GRACE_S,
+            terms=Terms(limit=limit, grace_s=GRACE_S),
+            is_held=lambda: self.is_held,
             clock=lambda: world.now_s,
         )
 
@@ -166,6 +167,19 @@ class TestOwnRoute:
             "identify a 10.5.1.0/24 None",
             f"identify a 10.5.1.0/24 {world.addresses[A]!r}",
         ]
+
+    def test_of_a_lease_that_has_ended_is_not_added_again(self, world: World) -> None:
+        """Who cannot renew stops announcing; the others may have removed the route already."""
+        host = world.host("a", A)
+        host.look()
+        host.is_held = False
+        world.routes.clear()
+        host.look()
+        assert world.routes == {}
+        assert "this host's lease for it has ended" in str(host.failures[A])
+        host.is_held = True
+        host.look()
+        assert world.routes == {A: "a"}
 
 
 class TestRace:

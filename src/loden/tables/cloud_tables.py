@@ -50,6 +50,21 @@ _TRIES = 4
 TakeCensus = Callable[[], Awaitable[Census]]
 
 
+class Terms(msgspec.Struct, frozen=True):
+    """What a person may say about a cloud's routes.
+
+    Args:
+        limit: how many routes a table may hold; None to find out.
+        grace_s: one turn in the removal of routes of hosts that are gone, seconds.
+    """
+
+    limit: int | None = None
+    grace_s: float = 600.0
+
+
+USUAL_TERMS = Terms()
+
+
 class CloudRouteTable:
     """Routes to this host's subnets, in every route table that matters to it.
 
@@ -57,8 +72,8 @@ class CloudRouteTable:
         calls: of the cloud.
         ranges: of the network.
         take_census: reads the leases.
-        limit: how many routes a table may hold; None to find out.
-        grace_s: one turn in the removal of routes of hosts that are gone, seconds.
+        terms: limit and grace period.
+        is_held: whether this host's lease is its own now, as far as it can tell without asking.
         clock: monotonic seconds.
     """
 
@@ -68,16 +83,17 @@ class CloudRouteTable:
         ranges: Sequence[Range],
         take_census: TakeCensus,
         *,
-        limit: int | None = None,
-        grace_s: float = 600.0,
+        terms: Terms = USUAL_TERMS,
+        is_held: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._calls = calls
         self._ranges = tuple(ranges)
         self._take_census = take_census
-        self._grace_s = grace_s
+        self._grace_s = terms.grace_s
+        self._is_held = is_held
         self._clock = clock
-        self._room = _Room(calls, limit, clock)
+        self._room = _Room(calls, terms.limit, clock)
         self._listing: Listing | None = None
         self._listed_at = 0.0
         self._absent_since: dict[tuple[str, Prefix, str], float] = {}
@@ -163,6 +179,8 @@ class CloudRouteTable:
 
     async def _stand(self, dst: Prefix) -> None:
         """Make this host's route stand, whatever another host does meanwhile."""
+        if not self._is_held():  # it may have another holder by now, who would not hear of our route
+            raise CloudUnavailable("add", f"cloud route {dst}", "this host's lease for it has ended")
         for left in reversed(range(_TRIES)):
             steps = steps_to_stand(dst, await self._list())
             unknown = [step.route for step in steps if isinstance(step, Identify)]
