@@ -316,6 +316,38 @@ class TestAws:
         assert aws.routes() == {str(OWN): other}
         assert aws.calls("ModifyNetworkInterfaceAttribute")[0].parameters["NetworkInterfaceId"] == other
 
+    def test_blackhole_in_our_place_is_replaced_without_asking(
+        self, aws: AwsSite, store: MemoryStore
+    ) -> None:
+        """Whose it was cannot be found out any more: the interface is gone."""
+        aws._create(OWN, NetworkInterfaceId=aws.target(2))
+        aws.double.terminate("h2")
+
+        async def work() -> None:
+            agent = await started(aws, store)
+            assert agent.failures == []
+
+        run(work())
+        assert aws.routes() == {str(OWN): aws.target(1)}
+        assert len(aws.calls("ReplaceRoute")) == 1
+
+    def test_blackholes_that_are_no_hosts_subnets_stay(self, aws: AwsSite, store: MemoryStore) -> None:
+        """COMPAT §8.1: flannel deletes every blackhole in its network at each start."""
+        others = [Prefix.parse(text) for text in ("10.77.0.0/16", "10.5.64.0/20", "10.5.7.128/25")]
+        for dst in others:
+            aws._create(dst, NetworkInterfaceId=aws.target(2))
+        aws.double.terminate("h2")
+
+        async def work() -> None:
+            agent = await started(aws, store, GracePeriod=10)
+            agent.now_s = 1000.0
+            for _ in range(2):
+                await agent.look()
+
+        run(work())
+        assert set(aws.routes()) == {str(OWN), *map(str, others)}
+        assert aws.calls("DeleteRoute") == []
+
     def test_check_switched_on_behind_our_back_is_repaired(self, aws: AwsSite, store: MemoryStore) -> None:
         async def work() -> None:
             agent = await started(aws, store)
