@@ -192,9 +192,7 @@ class Agent:
         self._reconciler = Reconciler(kernel_tables(plan.host.network.backend_type, networks, kernel))
         self._cloud: CloudRoutes | None = None
         if (backend := _cloud_of(plan)) is not None:
-            self._cloud = CloudRoutes(
-                backend, plan.host.network, store, is_held=lambda: self._keeper.is_held
-            )
+            self._cloud = CloudRoutes(backend, plan.host.network, store, is_held=lambda: self._keeper.is_held)
         self._peers = Peers(plan, self._reconciler, lookups)
         self._own_changed = asyncio.Event()
         self._is_published = False

@@ -78,6 +78,7 @@ class Agent:
         lease = Lease.make({Family.IPV4: Leg(subnet, public, self.backend.data(Family.IPV4))})
         record = await store.create(lease, holder=Holder(f"host-{self.number}", f"h{self.number}"))
         self.routes = CloudRoutes(self.backend, self.network, store)
+        self.routes._calls._attach_s = 60.0  # a busy machine is no missing cloud
         cloud = self.routes._calls.cloud
         if hasattr(cloud, "poll_s"):
             cloud.poll_s = 0.03

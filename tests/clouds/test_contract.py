@@ -17,7 +17,7 @@ class CloudPlace:
     def __init__(self, site: Site) -> None:
         self._site = site
         self._number = 0
-        self.table = CloudRouteTable(CloudCalls(site.cloud()), RANGES, self._take_census)
+        self.table = CloudRouteTable(CloudCalls(site.cloud(), attach_s=60.0), RANGES, self._take_census)
         site.put_foreign(subnet(200))
 
     async def _take_census(self) -> Census:

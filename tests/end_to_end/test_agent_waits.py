@@ -19,7 +19,10 @@ NARROW = '{"Network": "10.5.0.0/24", "SubnetLen": 26}'
         ('{"Network": "10.5.0.0/16"', ("not JSON: line 1", "one JSON object")),
         (
             '{"Network": "10.5.0.0/16", "Backend": {"Type": "carrier-pigeon"}}',
-            ("Backend.Type: unknown backend 'carrier-pigeon'", "one of: alloc, host-gw, udp, vxlan"),
+            (
+                "Backend.Type: unknown backend 'carrier-pigeon'",
+                "one of: ali-vpc, alloc, aws-vpc, gce, host-gw, udp, vxlan",
+            ),
         ),
         (
             '{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan", "VNI": "one"}}',

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Se
 import msgspec
 
 from loden.address import Prefix
-from loden.errors import CloudError, CloudUnavailable, ForeignRoute, LodenError, RoutesFull
+from loden.errors import CloudDenied, CloudError, CloudUnavailable, ForeignRoute, LodenError, RoutesFull
 from loden.network import Range
 from loden.retry import Trouble
 from loden.tables.base import Failures
@@ -194,7 +194,7 @@ class CloudRouteTable:
             except CloudUnavailable:
                 self._listing = None
                 raise
-            except (ForeignRoute, RoutesFull):
+            except (CloudDenied, ForeignRoute, RoutesFull):
                 raise
             except CloudError:
                 was, self._listing = self._listing, None  # somebody was faster, perhaps

@@ -59,6 +59,7 @@ class AwsDouble:
         self._app: Any = DomainDispatcherApplication(create_backend_app)
         self._lock = threading.RLock()  # moto is not made for threads
         self._machines = {one.ip: one for one in machines}
+        self._known: dict[str, dict[str, str]] = {}
         self.vpc = self._ask("CreateVpc", "vpcId", CidrBlock=str(NETWORK))
         self.main_table = self._ask(
             "DescribeRouteTables",
@@ -101,6 +102,7 @@ class AwsDouble:
             InstanceId=self.instances[name],
             DeviceIndex="1",
         )
+        self._known.clear()
         return found
 
     def call(self, action: str, **parameters: str) -> str:
@@ -192,7 +194,8 @@ class AwsDouble:
         root = _parse(self._request("DescribeNetworkInterfaces").body)
         there = {str(item.text) for item in root.iter("networkInterfaceId")}
         # The first interface goes with its instance, which moto forgets.
-        instances = _parse(self._request("DescribeInstances").body)
+        ours = {f"InstanceId.{number}": one for number, one in enumerate(self.instances.values(), start=1)}
+        instances = _parse(self._request("DescribeInstances", **ours).body)
         for item in instances.iterfind("reservationSet/item/instancesSet/item"):
             if item.findtext("instanceState/name") == "terminated":
                 name = item.findtext("instanceId")
@@ -277,6 +280,12 @@ class AwsDouble:
         return Answer(404, b"not found") if found is None else Answer(200, found.encode())
 
     def _values(self, one: Machine) -> dict[str, str]:
+        """What the metadata service tells a machine; moto takes its time, so it is asked once."""
+        if one.name not in self._known:
+            self._known[one.name] = self._read_values(one)
+        return self._known[one.name]
+
+    def _read_values(self, one: Machine) -> dict[str, str]:
         values = {
             "meta-data/instance-id": self.instances[one.name],
             "meta-data/placement/region": REGION,
