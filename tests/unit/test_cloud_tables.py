@@ -294,8 +294,9 @@ class TestRoutesOfHostsThatAreGone:
         world.account.unknown.add(GONE)
         self.after(world, hosts, 5 * GRACE_S)
         assert world.routes[GONE] == "gone"
+        assert len(world.account.called("identify")) == len(hosts)  # and not at each look
         world.addresses[GONE] = b"\xc6\x12\x00\x09"
-        self.after(world, hosts, 5 * GRACE_S)
+        self.after(world, hosts, 3600.0)
         assert GONE not in world.routes
 
     def test_of_many_go_without_one_host_doing_all(self, world: World, hosts: list[Host]) -> None:

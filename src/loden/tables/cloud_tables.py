@@ -43,6 +43,8 @@ _FRESH_S = 5.0
 #: From this share of the quota on there is a warning.
 _NEARLY_FULL = 0.8
 _LIMIT_AGE_S = 86_400.0
+#: What was found to be somebody else's is asked for again so late: a tag may be put on.
+_FOREIGN_AGE_S = 3600.0
 #: A route that the listing says nothing of is asked for; a race may need one more look.
 _TRIES = 4
 
@@ -97,6 +99,7 @@ class CloudRouteTable:
         self._listing: Listing | None = None
         self._listed_at = 0.0
         self._absent_since: dict[tuple[str, Prefix, str], float] = {}
+        self._foreign_since: dict[tuple[str, Prefix, str], float] = {}
         self._store_trouble = Trouble(log, "reading the leases for the cloud's routes")
 
     @property
@@ -221,8 +224,8 @@ class CloudRouteTable:
                 await self._add(table, dst)
             case Replace(route):
                 await self._require_ours(route)
-                log.warning("cloud route replaced %s: it leads to this host now", route)
                 turned = await self._calls.call("replace route", lambda: self._cloud.replace(route))
+                log.warning("cloud route replaced %s: it leads to this host now", route)
                 self._exchange(route, turned)
             case Remove(route):
                 await self._require_ours(route)
@@ -272,8 +275,8 @@ class CloudRouteTable:
         others = [route for route in routes if route.owner in (Owner.FABRIC, Owner.UNKNOWN)]
         # The store is asked anew right before: somebody may have taken the subnet since.
         for route in await self._due(others):
-            log.warning("cloud route removed %s: no host has had a lease for it for a while", route)
             await self._remove(route)
+            log.warning("cloud route removed %s: no host has had a lease for it for a while", route)
 
     async def _remove(self, route: Listed) -> None:
         await self._calls.call("remove route", lambda: self._cloud.remove(route))
@@ -314,8 +317,19 @@ class CloudRouteTable:
             for route in absent
             if is_due(census, route.dst, absent_s=now - since[_key(route)], grace_s=self._grace_s)
         ]
-        known = [await self._identify(route) if route.owner is Owner.UNKNOWN else route for route in due]
-        return [route for route in known if route.owner is Owner.FABRIC]
+        return [route for route in due if await self._is_fabrics(route)]
+
+    async def _is_fabrics(self, route: Listed) -> bool:
+        """Whether a route is another host's of the fabric; the answer no is remembered."""
+        if route.owner is not Owner.UNKNOWN:
+            return route.owner is Owner.FABRIC
+        key, now = _key(route), self._clock()
+        if now - self._foreign_since.get(key, -_FOREIGN_AGE_S) < _FOREIGN_AGE_S:
+            return False
+        if (await self._identify(route)).owner is Owner.FABRIC:
+            return True
+        self._foreign_since[key] = now
+        return False
 
     def _exchange(self, old: Listed | None, new: Listed | None) -> None:
         """Keep the listing true to what was done."""
