@@ -7,7 +7,7 @@ hosts that are gone (:mod:`loden.tables.cloud_plan`).
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 
 import msgspec
 
@@ -33,6 +33,7 @@ from loden.tables.cloud_plan import (
     strays,
     without_lease,
 )
+from loden.tables.cloud_room import Room
 from loden.tables.entries import HERE, CloudRoute, CloudSetting
 from loden.tables.netlink import Message
 
@@ -40,9 +41,6 @@ log = logging.getLogger(__name__)
 
 #: A listing serves what is decided within this time.
 _FRESH_S = 5.0
-#: From this share of the quota on there is a warning.
-_NEARLY_FULL = 0.8
-_LIMIT_AGE_S = 86_400.0
 #: What was found to be somebody else's is asked for again so late: a tag may be put on.
 _FOREIGN_AGE_S = 3600.0
 #: A route that the listing says nothing of is asked for; a race may need one more look.
@@ -95,7 +93,7 @@ class CloudRouteTable:
         self._grace_s = terms.grace_s
         self._is_held = is_held
         self._clock = clock
-        self._room = _Room(calls, terms.limit, clock)
+        self._room = Room(calls, terms.limit, clock)
         self._listing: Listing | None = None
         self._listed_at = 0.0
         self._absent_since: dict[tuple[str, Prefix, str], float] = {}
@@ -347,64 +345,6 @@ class CloudRouteTable:
 
 def _key(route: Listed) -> tuple[str, Prefix, str]:
     return route.table, route.dst, route.target
-
-
-class _Room:
-    """How many routes there may be, and what is said before and when that is reached."""
-
-    def __init__(self, calls: CloudCalls, limit: int | None, clock: Callable[[], float]) -> None:
-        self._calls = calls
-        self._limits = calls.cloud.limits
-        self._given = limit
-        self._clock = clock
-        self._read: int | None = None
-        self._read_at = -_LIMIT_AGE_S
-        self._warned: frozenset[str] = frozenset()
-
-    @property
-    def limit(self) -> int:
-        return self._given or self._read or self._limits.usual
-
-    @property
-    def _how_known(self) -> str:
-        if self._given:
-            return "RouteLimit says"
-        return "the account's quota is" if self._read else "the quota usually is"
-
-    async def judge(self, listing: Listing) -> None:
-        """Warn once when a table of ours is nearly full; the quota is asked for only then."""
-        if not self._given and self._clock() - self._read_at >= _LIMIT_AGE_S and self._nearly_full(listing):
-            self._read_at = self._clock()
-            try:
-                self._read = await self._calls.call("read quota of routes", self._calls.cloud.read_limit)
-            except CloudError as error:
-                log.info("quota of routes not read: %s", error)
-        nearly = frozenset(self._nearly_full(listing))
-        for table in sorted(nearly - self._warned):
-            log.warning(
-                "cloud routes nearly full table=%s routes=%d: %s %d; %s",
-                table, listing.counts[table], self._how_known, self.limit, self._limits.hint,
-            )  # fmt: skip
-        self._warned = nearly
-
-    def _nearly_full(self, listing: Listing) -> Iterable[str]:
-        return [table for table, count in listing.counts.items() if count >= _NEARLY_FULL * self.limit]
-
-    def require(self, listing: Listing, table: str, dst: Prefix) -> None:
-        """Raise where RouteLimit leaves no room. What the cloud itself allows, the cloud says."""
-        if self._given and listing.counts.get(table, 0) >= self._given:
-            raise self.full(listing, table, dst, "")
-
-    def full(self, listing: Listing, table: str, dst: Prefix, code: str) -> RoutesFull:
-        """There is no room, in words."""
-        count = listing.counts.get(table, 0)
-        return RoutesFull(
-            "add",
-            f"cloud route {dst} via this host",
-            f"{table} holds {count} routes, {self._how_known} {self.limit}",
-            code=code,
-            hint=self._limits.hint,
-        )
 
 
 class CloudSettingTable:
