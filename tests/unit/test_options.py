@@ -6,7 +6,8 @@ from loden.errors import ConfigError
 from loden.firewall.rules import FirewallOptions
 from loden.interface import Selection
 from loden.options import FLAGS, NOT_YET, StoreOptions, build, read_command_line, read_environment
-from loden.stores.access import Access, Secret
+from loden.secret import Secret
+from loden.stores.access import Access
 
 
 def test_defaults_are_flannels() -> None:
