@@ -35,7 +35,7 @@ _HINTS = {
     errnos.ENOENT: "load the module tun (modprobe tun), or give this container the device /dev/net/tun",
     errnos.ENODEV: "load the module tun: modprobe tun",
     errnos.EBUSY: "another program has it; stop flanneld on this host",
-    errnos.EINVAL: "a TUN device of another kind has the name: ip link delete it",
+    errnos.EINVAL: "another kind of TUN device has the name: stop flanneld on this host, or delete it",
 }
 
 
