@@ -18,7 +18,7 @@ from loden.lab import namespaces, processes
 from loden.lab.agents import Agents, loden_run
 from loden.lab.lab import down
 from loden.lab.state import State
-from loden.lab.topology import UNDERLAY, Host, Plan, Segment, Spec
+from loden.lab.topology import UNDERLAY, Host, Plan, Segment, Spec, StoreKind
 from loden.lab.wiring import first_settings, switch_wiring, underlay_wiring
 from loden.lease import Lease, Leg
 from loden.stores import DEFAULT_TTL_S, open_store
@@ -172,13 +172,18 @@ class Site:
 
 
 @contextmanager
-def site(name: str = "bench") -> Iterator[Site]:
-    """One host for the length of a block; its agents end with it."""
+def site(name: str = "bench", *, store: StoreKind = StoreKind.SQLITE) -> Iterator[Site]:
+    """One host for the length of a block; its agents end with it.
+
+    Args:
+        name: of its lab.
+        store: where leases are to be; the switch has an address for an etcd, which nobody starts.
+    """
     underlay = UNDERLAY[Family.IPV4]
     address = (underlay.first + 1).to_bytes(4, "big")
     segment = Segment("s0", {Family.IPV4: underlay}, {})
     host = Host("h1", f"{name}-h1", bytes.fromhex("020000000001"), {Family.IPV4: address}, segment, ())
-    plan = Plan(Spec(name=name, hosts=1), f"{name}-net", (segment,), (host,))
+    plan = Plan(Spec(name=name, hosts=1, store=store), f"{name}-net", (segment,), (host,))
     state = State(name)
     try:
         with state.locked_new() as lock:

@@ -350,10 +350,7 @@ class Agent:
         """Take what was seen when we took our lease, then what changes; after a failure, from there on."""
         trouble = Trouble(log, "watching the leases")
         backoff = Backoff(most_s=_PATIENCE_S)
-        assert self._seen is not None
-        revision = self._seen.revision
-        self._take(self._seen)
-        self._seen = None
+        revision = self._take_seen()
         self._knows_leases.set()
         while True:
             try:
@@ -374,6 +371,21 @@ class Agent:
         self._plan = self._plan.with_network(network)
         if not self._keeper.has_let_go:
             self._want_rules(self._keeper.record)
+
+    def _take_seen(self) -> int:
+        """Take what was seen when we took our lease; its revision.
+
+        Its records go before their entries come: a tenth of the memory of an agent that knows many leases.
+        """
+        seen, self._seen = self._seen, None
+        assert seen is not None
+        revision = seen.revision
+        self._keeper.hear(seen)
+        changed = self._peers.note(seen)
+        del seen
+        self._peers.program(changed)
+        notify(STATUS=self._status())
+        return revision
 
     def _take(self, news: Changes | Snapshot) -> None:
         self._keeper.hear(news)

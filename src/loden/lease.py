@@ -7,6 +7,7 @@ store: what SQLite holds could be copied into etcd as it stands.
 
 import re
 import struct
+import sys
 from collections.abc import Iterator
 
 import msgspec
@@ -189,7 +190,7 @@ def decode(key: str, value: bytes) -> Lease:
     return Lease(
         ipv4=None if subnet4 is None else Leg(subnet4, public4, _data(found.BackendData)),
         ipv6=None if subnet6 is None else Leg(subnet6, public6, _data(found.BackendV6Data)),
-        backend_type=found.BackendType or "",
+        backend_type=sys.intern(found.BackendType or ""),  # the same one in every lease of a cluster
     )
 
 

@@ -36,13 +36,14 @@ class Peers:
         self._reconciler = reconciler
         self._lookups = lookups
         self._own: Record | None = None
-        self._records: dict[str, Record] = {}
+        # Not their records: of twenty thousand, who holds them is a tenth of the agent's memory.
+        self._leases: dict[str, Lease] = {}
         self._malformed: dict[str, str] = {}
         self._refused: dict[str, str] = {}
         self._is_suspended = False
 
     def __str__(self) -> str:
-        peers = len(self._records) - (self._own is not None and self._own.key in self._records)
+        peers = len(self._leases) - (self._own is not None and self._own.key in self._leases)
         return f"{peers} peers, {len(self._refused) + len(self._malformed)} refused"
 
     def set_own(self, record: Record) -> None:
@@ -62,33 +63,46 @@ class Peers:
 
     def take(self, news: Changes | Snapshot) -> None:
         """Take note of what the store says, and want what follows from it."""
+        self.program(self.note(news))
+
+    def note(self, news: Changes | Snapshot) -> list[str]:
+        """Take note of what the store says; the keys that :meth:`program` is to be called with.
+
+        Between the two, the caller of twenty thousand records may let them go.
+        """
         if isinstance(news, Snapshot):
             self._malformed = {
                 key: reason for key, reason in self._malformed.items() if key in news.malformed
             }
-            news = difference(self._records, news)
+            written, removed = difference(self._leases, news)
+        else:
+            written, removed = {key: record.lease for key, record in news.written.items()}, news.removed
         for key, reason in news.malformed.items():
             if self._malformed.get(key) != reason:
                 self._malformed[key] = reason
                 log.warning("lease unreadable key=%s: %s; what is known of it stays", key, reason)
-        for key in news.removed:
-            self._records.pop(key, None)
-        self._records.update(news.written)
-        changed = [*news.removed, *news.written]
+        for key in removed:
+            self._leases.pop(key, None)
+        self._leases.update(written)
+        changed = [*removed, *written]
         for key in changed:
             self._malformed.pop(key, None)
-        self._program(changed)
+        return changed
 
-    def program(self) -> None:
-        """Ask anew what every lease asks for: the host, or our own lease, is not what it was."""
-        self._program(list(self._records))
+    def program(self, keys: Sequence[str] | None = None) -> None:
+        """Ask anew what leases ask for: they changed; or all, as the host or our own lease did.
+
+        Args:
+            keys: of the leases; None for all.
+        """
+        self._program(list(self._leases) if keys is None else keys)
 
     def _program(self, keys: Sequence[str]) -> None:
-        known = [self._records[key] for key in keys if key in self._records]
-        hops = self._find_hops(record.lease for record in known) if self._plan.needs_hops else {}
+        known = [self._leases[key] for key in keys if key in self._leases]
+        hops = self._find_hops(known) if self._plan.needs_hops else {}
         for key in keys:
-            if key in self._records:
-                self._reconciler.want(key, self._serve(self._records[key], hops))
+            if key in self._leases:
+                self._reconciler.want(key, self._serve(key, self._leases[key], hops))
             else:
                 self._refused.pop(key, None)
                 self._reconciler.want(key, ())
@@ -96,12 +110,11 @@ class Peers:
     def _find_hops(self, leases: Iterable[Lease]) -> Mapping[bytes, Hop | None]:
         return find_hops(self._lookups, (leg.public for lease in leases for leg in lease.legs if leg.public))
 
-    def _serve(self, record: Record, hops: Mapping[bytes, Hop | None]) -> Sequence[Entry]:
+    def _serve(self, key: str, lease: Lease, hops: Mapping[bytes, Hop | None]) -> Sequence[Entry]:
         """What a lease asks for; a family that cannot be served is said once and leaves the other alone."""
-        key = record.key
         entries: list[Entry] = []
-        refusals = [] if self._is_suspended else self._remarks(record)
-        for leg in self._legs(record):
+        refusals = [] if self._is_suspended else self._remarks(key, lease)
+        for leg in self._legs(key, lease):
             try:
                 entries += self._entries(leg, hops)
             except LeaseError as error:
@@ -115,10 +128,9 @@ class Peers:
             log.info("peer no longer refused lease=%s", key)
         return entries
 
-    def _remarks(self, record: Record) -> list[str]:
+    def _remarks(self, key: str, lease: Lease) -> list[str]:
         """What of a lease is nothing for this host: another backend, another family (COMPAT W5)."""
-        lease = record.lease
-        if self._own is not None and record.key == self._own.key:
+        if self._own is not None and key == self._own.key:
             return []
         if lease.backend_type != self._plan.lease_type:
             return [f"its backend is {lease.backend_type!r}, ours is {self._plan.lease_type!r}"]
@@ -128,12 +140,12 @@ class Peers:
             if leg.subnet.family not in self._plan.backends
         ]
 
-    def _legs(self, record: Record) -> Iterable[Leg]:
-        own, lease = self._own, record.lease
+    def _legs(self, key: str, lease: Lease) -> Iterable[Leg]:
+        own = self._own
         if self._is_suspended:
             return ()
         # Peers of another backend are served by nobody (COMPAT §2.3), also where they were of ours (W12).
-        if lease.backend_type != self._plan.lease_type or (own is not None and record.key == own.key):
+        if lease.backend_type != self._plan.lease_type or (own is not None and key == own.key):
             return ()
         return (leg for leg in lease.legs if leg.subnet.family in self._plan.backends)
 

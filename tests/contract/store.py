@@ -113,6 +113,14 @@ def untimed(records: Mapping[str, Record]) -> dict[str, Record]:
     }
 
 
+def missed(known: Mapping[str, Record], snapshot: Snapshot) -> Changes:
+    """What a consumer that knows some records missed, as a watch would have told it."""
+    leases, removed = difference({key: record.lease for key, record in known.items()}, snapshot)
+    written = {key: record for key, record in snapshot.records.items() if known.get(key) != record}
+    assert leases.keys() <= written.keys()
+    return Changes(snapshot.revision, written, removed, snapshot.malformed)
+
+
 class Watcher:
     """A consumer of a watch: it keeps what it knows, as an agent does."""
 
@@ -127,7 +135,7 @@ class Watcher:
         async with aclosing(self._store.watch(self._start.revision)) as events:
             async for event in events:
                 self.seen.append(event)
-                changes = event if isinstance(event, Changes) else difference(self.known, event)
+                changes = event if isinstance(event, Changes) else missed(self.known, event)
                 self.known.update(changes.written)
                 for key in changes.removed:
                     self.known.pop(key, None)

@@ -14,10 +14,9 @@ import pytest
 from loden.errors import Conflict, StoreError, StoreUnavailable
 from loden.stores import open_store
 from loden.stores.base import Changes, Snapshot, Store
-from loden.stores.changes import difference
 from loden.stores.etcd.messages import Grant
 from loden.stores.etcd.store import EtcdStore
-from tests.contract.store import holder, ipv4_range, lease, run, untimed
+from tests.contract.store import holder, ipv4_range, lease, missed, run, untimed
 from tests.stores.etcd_cluster import Cluster, needs_etcd
 from tests.stores.history import History, violations
 from tests.stores.simulated import Relay, SimulatedHost, wait_for
@@ -81,7 +80,7 @@ class Follower:
     def _take(self, event: Changes | Snapshot) -> None:
         self.revision = event.revision
         self.snapshots += isinstance(event, Snapshot)
-        changes = difference(self.known, event) if isinstance(event, Snapshot) else event
+        changes = missed(self.known, event) if isinstance(event, Snapshot) else event
         self.known.update(changes.written)
         for key in changes.removed:
             self.known.pop(key, None)
@@ -202,7 +201,7 @@ def test_compaction_while_a_watch_was_away_is_bridged_by_a_snapshot(alone: Clust
             async with aclosing(two.watch(start.revision)) as events:
                 event = await anext(events)
                 assert isinstance(event, Snapshot)
-                changes = difference(start.records, event)
+                changes = missed(start.records, event)
                 assert untimed(changes.written) == untimed({moved.key: moved})
                 assert changes.removed == {gone.key}
                 await one.create(lease("10.5.3.0/24", public="192.0.2.3"), holder=holder("c"))

@@ -24,8 +24,7 @@ from loden.network import Range, parse_network
 from loden.stores import open_store
 from loden.stores.acquire import Claim, acquire
 from loden.stores.base import Changes, Holder, Record, Snapshot, Store
-from loden.stores.changes import difference
-from tests.contract.store import PATIENCE_S, Watcher, ipv4_range, lease, run, untimed
+from tests.contract.store import PATIENCE_S, Watcher, ipv4_range, lease, missed, run, untimed
 from tests.stores.etcd_cluster import Cluster, needs_etcd
 
 pytestmark = needs_etcd
@@ -629,7 +628,7 @@ def test_2_7_snapshot_tells_what_changed_behind_a_key(flannel: Flannel) -> None:
     flannel.put("10.5.1.0-24", VXLAN.replace("c6:d2", "c6:d3"))
     flannel.delete("10.5.2.0-24")
     flannel.put("10.5.4.0-24")
-    changes = difference(before.records, flannel.snapshot())
+    changes = missed(before.records, flannel.snapshot())
     assert changes.written.keys() == {"10.5.1.0-24", "10.5.4.0-24"}
     assert changes.removed == {"10.5.2.0-24"}
 

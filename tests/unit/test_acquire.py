@@ -12,7 +12,7 @@ from loden.lease import Lease, Leg
 from loden.network import Range
 from loden.stores.acquire import Ask, Claim, Create, Drop, Reuse, decide, this_host
 from loden.stores.base import Holder, Record, Snapshot
-from loden.stores.changes import difference
+from tests.contract.store import missed
 
 ME = Holder("boot-1/1", "me")
 OTHER = Holder("boot-2/1", "other")
@@ -172,7 +172,7 @@ def test_difference_is_what_changed_attributes_included() -> None:
     same, moved, gone, odd = (record(f"10.5.{n}.0/24") for n in (1, 2, 3, 4))
     new = record("10.5.5.0/24")
     now = msgspec.structs.replace(moved, lease=record("10.5.2.0/24", public=b"\2\2\2\2").lease)
-    changes = difference(
+    changes = missed(
         {found.key: found for found in (same, moved, gone, odd)},
         Snapshot(9, {found.key: found for found in (same, now, new)}, {odd.key: "not read"}),
     )

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the embedded stores keep a lease: flannel's key and value, and beside them what flannel lacks."""
 
+from array import array
 from collections.abc import Iterable
+from math import isnan, nan
 
 import msgspec
 
 from loden.errors import MalformedLease
-from loden.lease import decode
+from loden.lease import Lease, decode
 from loden.stores.base import Holder, Record
 
 #: key, value, revision, end on the boot clock (None for a reservation), holder and contender as JSON text.
@@ -21,22 +23,37 @@ def encode_holder(holder: Holder | None) -> str | None:
 
 
 def read_rows(rows: Iterable[Row]) -> tuple[dict[str, Record], dict[str, str]]:
-    """The records that rows stand for, and for each row that stands for none the reason; both by key."""
-    records: dict[str, Record] = {}
+    """The records that rows stand for, and for each row that stands for none the reason; both by key.
+
+    First all leases, then what goes around them: an agent keeps the ones and lets go of the others, and what
+    lies between things that stay is memory that nobody else can use.
+    """
     malformed: dict[str, str] = {}
-    read_holder = _holder_decoder.decode
+    leases: dict[str, Lease] = {}
+    revisions, ends, texts, cuts = array("q"), array("d"), bytearray(), array("q")
     for key, value, revision, expires, holder, contender in rows:
         try:
-            records[key] = Record(
-                key,
-                decode(key, value),
-                revision,
-                expires,
-                read_holder(holder) if holder is not None else None,
-                read_holder(contender) if contender is not None else None,
-            )
+            leases[key] = decode(key, value)
         except MalformedLease as error:
             malformed[key] = error.message
+            continue
+        revisions.append(revision)
+        ends.append(nan if expires is None else expires)
+        texts += (holder or "").encode() + b"\0" + (contender or "").encode()
+        cuts.append(len(texts))
+    records: dict[str, Record] = {}
+    start = 0
+    for (key, lease), revision, end, cut in zip(leases.items(), revisions, ends, cuts, strict=True):
+        holder_text, _, contender_text = bytes(texts[start:cut]).partition(b"\0")
+        start = cut
+        try:
+            around = _read_holder(holder_text), _read_holder(contender_text)
         except msgspec.DecodeError as error:
             malformed[key] = f"read lease {key!r}: its holder or contender: {error}"
+        else:
+            records[key] = Record(key, lease, revision, None if isnan(end) else end, *around)
     return records, malformed
+
+
+def _read_holder(text: bytes) -> Holder | None:
+    return _holder_decoder.decode(text) if text else None

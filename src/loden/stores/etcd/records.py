@@ -14,13 +14,14 @@ as it was. Holders and leases lie side by side in the order of keys, so that one
 both.
 """
 
+from array import array
 from collections.abc import Callable, Iterable
 
 import msgspec
 
 from loden.errors import MalformedLease
-from loden.lease import decode
-from loden.stores.base import Changes, Holder, Record
+from loden.lease import Lease, decode
+from loden.stores.base import Changes, Holder, Record, Snapshot
 from loden.stores.etcd.messages import KeyValue, prefix_end
 
 #: When a lease ends, on this host's boot clock, by its etcd lease. Only etcd knows of others' leases, and it
@@ -76,6 +77,7 @@ class _Beside(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 _decoder = msgspec.json.Decoder(_Beside)
+_NOTHING = _Beside()
 
 
 def encode_beside(record: Record) -> bytes:
@@ -86,6 +88,8 @@ def encode_beside(record: Record) -> bytes:
 class Reading:
     """Turns keys and values, as they come, into records, and into what is wrong with them.
 
+    First all leases, then what goes around them (see ``loden.stores.rows``). Each key comes once.
+
     Args:
         keys: of the store.
         ends: when leases end.
@@ -94,10 +98,12 @@ class Reading:
     def __init__(self, keys: Keys, ends: Ends) -> None:
         self._keys = keys
         self._ends = ends
-        self._beside: dict[bytes, KeyValue] = {}
-        self.records: dict[str, Record] = {}
-        self.malformed: dict[str, str] = {}
-        self.removed: set[str] = set()
+        self._beside: dict[bytes, tuple[int, bytes]] = {}
+        self._leases: dict[str, Lease] = {}
+        self._revisions = array("q")
+        self._lease_ids = array("q")
+        self._malformed: dict[str, str] = {}
+        self._removed: set[str] = set()
 
     def take(self, found: Iterable[KeyValue]) -> None:
         """Take keys that stand, holders before their leases."""
@@ -112,47 +118,55 @@ class Reading:
             if is_put:
                 self._put(one)
             elif self._keys.is_subnet(key):
-                self._remove(self._keys.name(key))
+                self._removed.add(self._keys.name(key))
+
+    def snapshot(self, revision: int) -> Snapshot:
+        """What was taken, as what there is at a revision."""
+        return Snapshot(revision, self._records(), self._malformed)
 
     def changes(self, revision: int) -> Changes | None:
         """What was taken, as a watch tells it; None where it says nothing of any lease."""
-        if not (self.records or self.removed or self.malformed):
+        if not (self._leases or self._removed or self._malformed):
             return None
-        return Changes(revision, self.records, frozenset(self.removed), self.malformed)
-
-    def _remove(self, name: str) -> None:
-        self.records.pop(name, None)
-        self.malformed.pop(name, None)
-        self.removed.add(name)
+        return Changes(revision, self._records(), frozenset(self._removed), self._malformed)
 
     def _put(self, one: KeyValue) -> None:
         keys = self._keys
         if keys.is_holder(one.key):
-            self._beside[one.key[len(keys.holders) :]] = one
+            self._beside[one.key[len(keys.holders) :]] = (one.modified, one.value)
         elif keys.is_subnet(one.key):
             name = keys.name(one.key)
-            self.records.pop(name, None)
-            self.malformed.pop(name, None)
             try:
-                self.records[name] = self._record(name, one)
+                lease = self._lease(name, one)
             except MalformedLease as error:
-                self.malformed[name] = error.message
+                self._malformed[name] = error.message
             else:
-                self.removed.discard(name)
+                self._leases[name] = lease
+                self._revisions.append(one.modified)
+                self._lease_ids.append(one.lease)
 
-    def _record(self, name: str, one: KeyValue) -> Record:
+    def _lease(self, name: str, one: KeyValue) -> Lease:
         if not one.key.startswith(self._keys.subnets):
             raise MalformedLease(f"read lease key {name!r}: it lies beside subnets/, not in it")
         if "\\" in name:
             raise MalformedLease(f"read lease key {name!r}: it is not UTF-8")
-        lease = decode(name, one.value)
-        beside = self._beside.pop(one.key[len(self._keys.subnets) :], None)
-        holder = contender = None
-        if beside is not None and beside.modified == one.modified:
-            try:
-                found = _decoder.decode(beside.value)
-                holder, contender = found.holder, found.contender
-            except (msgspec.DecodeError, RecursionError) as error:
-                self.malformed[self._keys.name(beside.key)] = f"read holder of {name!r}: {error}"
-        expires = self._ends(one.lease) if one.lease else None
-        return Record(name, lease, one.modified, expires, holder, contender)
+        return decode(name, one.value)
+
+    def _records(self) -> dict[str, Record]:
+        records = {}
+        facts = zip(self._leases.items(), self._revisions, self._lease_ids, strict=True)
+        for (name, lease), revision, lease_id in facts:
+            expires = self._ends(lease_id) if lease_id else None
+            beside = self._read_beside(name, revision)
+            records[name] = Record(name, lease, revision, expires, beside.holder, beside.contender)
+        return records
+
+    def _read_beside(self, name: str, revision: int) -> _Beside:
+        at, text = self._beside.pop(name.encode(), (0, b""))
+        if at != revision:
+            return _NOTHING
+        try:
+            return _decoder.decode(text)
+        except (msgspec.DecodeError, RecursionError) as error:
+            self._malformed[f"loden/holders/{name}"] = f"read holder of {name!r}: {error}"
+            return _NOTHING

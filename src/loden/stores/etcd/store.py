@@ -37,7 +37,7 @@ from loden.stores.etcd.records import Keys, Reading, encode_beside
 _log = logging.getLogger(__name__)
 
 #: One answer for all of fifty thousand leases would be in memory at once, here and in etcd.
-_PAGE = 10_000
+_PAGE = 5_000
 _AT_ONCE = 32
 
 
@@ -127,7 +127,7 @@ class EtcdStore:
             revision = revision or page.revision
             has_more = page.has_more
             start = page.found[-1].key + b"\0" if page.found else end
-        return Snapshot(revision, reading.records, reading.malformed)
+        return reading.snapshot(revision)
 
     async def with_ends(self, snapshot: Snapshot) -> Snapshot:
         start, end = self._keys.subnets, messages.prefix_end(self._keys.subnets)
