@@ -96,6 +96,7 @@ class Client:
         channel = await self._connected()
         try:
             metadata = await self._metadata(channel)
+            self.calls += 1
             async with channel.call(path, message, metadata, is_open=True) as call:
                 yield call
         except ChannelError as error:

@@ -47,8 +47,7 @@ def open_location(location: str, *, ttl_s: float, create: bool, access: Access) 
     Raises:
         ConfigError: the location is not of that form.
     """
-    del create  # a prefix is there as soon as a key is
-    return EtcdStore(parse_location(location), access=access, ttl_s=ttl_s)
+    return EtcdStore(parse_location(location), access=access, ttl_s=ttl_s, create=create)
 
 
 class _Held(msgspec.Struct, frozen=True):
@@ -66,13 +65,23 @@ class EtcdStore:
         access: who we are.
         ttl_s: how long a lease lasts after a write, in seconds; etcd knows whole ones.
         clock: what this host's own leases end by.
+        create: have an etcd lease ready as soon as the store was looked at; a prefix needs no making.
     """
 
-    def __init__(self, place: Place, *, access: Access, ttl_s: float, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        place: Place,
+        *,
+        access: Access,
+        ttl_s: float,
+        clock: Clock | None = None,
+        create: bool = True,
+    ) -> None:
         self._keys = Keys(place.prefix)
         self._client = Client(place, access)
         self._ttl_s = math.ceil(ttl_s)
         self._clock = clock or SystemClock()
+        self._create = create
         self._is_closed = False
         #: When the etcd leases end that this handle had granted, on the boot clock.
         self._ends: dict[int, float] = {}
@@ -113,11 +122,22 @@ class EtcdStore:
                     return
 
     async def snapshot(self) -> Snapshot:
+        failed: StoreError | None = None
+        async with asyncio.TaskGroup() as tasks:  # who looks without a lease is about to take one
+            if self._create and not self._held and not self._spares:
+                tasks.create_task(self._prepare(), name="etcd lease")
+            try:
+                return await self._list()
+            except StoreError as error:
+                failed = error
+        raise failed
+
+    async def _list(self) -> Snapshot:
         while True:
             with suppress(Compacted):  # between two pages: begin again
-                return await self._snapshot()
+                return await self._list_pages()
 
-    async def _snapshot(self) -> Snapshot:
+    async def _list_pages(self) -> Snapshot:
         start, end = self._keys.leases
         reading = Reading(self._keys, self._end_of)
         revision, has_more = 0, True
@@ -414,6 +434,10 @@ class EtcdStore:
         )
         self._ends[granted.id] = began_s + granted.ttl_s
         return granted.id
+
+    async def _prepare(self) -> None:
+        with suppress(StoreError):  # it is asked for again when it is needed
+            self._keep_spare(await self._grant())
 
     def _keep_spare(self, granted: int) -> None:
         if granted:
