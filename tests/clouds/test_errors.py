@@ -8,7 +8,7 @@ import pytest
 
 from loden.errors import CloudDenied, CloudError, CloudUnavailable, RoutesFull
 from loden.lab.clouds.aws import KEY_ID
-from loden.lab.clouds.http import Answer, Request
+from loden.lab.clouds.http import Answer, Request, serving
 from loden.stores.memory import MemoryStore
 from tests.clouds.agents import Agent, run
 from tests.clouds.site import AlibabaSite, AwsSite, GoogleSite, Site, subnet
@@ -209,6 +209,23 @@ class TestFull:
 
         run(work())
         assert site.calls(site.ADD) == []
+
+
+@pytest.mark.parametrize("status", [200, 502])
+def test_page_of_somebody_in_between_is_no_answer(site: Site, store: MemoryStore, status: int) -> None:
+    """A proxy, a captive portal: HTML where the API's own form is expected."""
+    with serving(lambda _: Answer(status, b"<html>Sign in</html>", "text/html")) as url:
+        real, site.api = site.api, url
+
+        async def work() -> None:
+            agent = await joined(site, store)
+            error = await agent.try_to_look()
+            assert isinstance(error, CloudError)
+            assert "list route" in str(error)
+
+        run(work())
+        site.api = real
+    assert site.journal.calls == []
 
 
 class TestLateFailures:

@@ -425,6 +425,16 @@ class TestCalls:
         assert said == ["host a", "host b"]
         calls.close()
 
+    def test_answer_that_lacks_something_is_an_error_of_that_call(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        calls = CloudCalls(Account().host("a"))
+        answer: dict[str, str] = {}
+        with pytest.raises(CloudError, match="read colour: the answer is not as expected: KeyError"):
+            run(calls.call("read colour", lambda: answer["colour"]))
+        assert "cloud.answer_misread doing='read colour'" in caplog.text
+        calls.close()
+
     def test_bug_in_a_cloud_is_not_swallowed(self) -> None:
         calls = CloudCalls(Account().host("a"))
         with pytest.raises(ZeroDivisionError):

@@ -347,7 +347,9 @@ class Alibaba:
         )
         request = models.OpenApiRequest(query={key: str(value) for key, value in query.items()})
         patience = RuntimeOptions(connect_timeout=5_000, read_timeout=20_000)
-        body: Mapping[str, Any] = self._client(product).call_api(params, request, patience)["body"]
+        body = self._client(product).call_api(params, request, patience)["body"]
+        if not isinstance(body, dict):
+            raise CloudUnavailable(action, product, "the answer is not the API's: no JSON object")
         return body
 
     def _client(self, product: str) -> Any:

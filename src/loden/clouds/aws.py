@@ -420,6 +420,7 @@ def _tags(found: Mapping[str, Any]) -> dict[str, str]:
 def _ask(operation: str, subject: str, call: Callable[[], T]) -> T:
     """What a call returns; the one place where botocore's exceptions become ours."""
     from botocore import exceptions  # noqa: PLC0415
+    from botocore.parsers import ResponseParserError  # noqa: PLC0415
 
     try:
         return call()
@@ -429,7 +430,7 @@ def _ask(operation: str, subject: str, call: Callable[[], T]) -> T:
         raise CloudDenied(operation, subject, shorten(error), hint=_CREDENTIALS_HINT) from error
     except (exceptions.CredentialRetrievalError, exceptions.MetadataRetrievalError) as error:
         raise CloudDenied(operation, subject, shorten(error), hint=_CREDENTIALS_HINT) from error
-    except (exceptions.HTTPClientError, exceptions.ResponseParserError) as error:
+    except (exceptions.HTTPClientError, exceptions.ConnectionError, ResponseParserError) as error:
         raise CloudUnavailable(operation, subject, shorten(error)) from error
     except exceptions.BotoCoreError as error:
         raise CloudError(operation, subject, shorten(error)) from error

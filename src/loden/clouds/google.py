@@ -246,9 +246,11 @@ class Google:
         try:
             found = answer.json()
         except ValueError:
-            found = {}
-        if answer.status_code < 300 and isinstance(found, dict):
-            return found
+            found = None
+        if answer.status_code < 300:
+            if isinstance(found, dict):
+                return found
+            raise CloudUnavailable(operation, subject, "the answer is not the API's: no JSON object")
         said = found.get("error", {}) if isinstance(found, dict) else {}
         first = (said.get("errors") or [{}])[0]
         raise _refusal(

@@ -7,6 +7,7 @@ another one takes its place.
 """
 
 import asyncio
+import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -15,10 +16,16 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from loden.errors import CloudUnavailable
+from loden.errors import CloudError, CloudUnavailable
 from loden.tables.cloud import Cloud
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+#: What reading an answer that lacks something, or is something else, ends in.
+_MISREADINGS = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+_REPORT = "is there a proxy or a portal in between? if not, report it with what the log has of it"
 
 #: No call takes longer; each request within it has a limit of its own.
 DEADLINE_S = 60.0
@@ -97,6 +104,13 @@ class CloudCalls:
             self.close()
             verb, _, subject = doing.partition(" ")
             raise CloudUnavailable(verb, subject, f"no answer within {most_s:g} s") from None
+        except _MISREADINGS as error:
+            # What a cloud answers is not ours to rely on, and no reason for the rest of the agent to end.
+            log.exception("cloud.answer_misread doing=%r", doing)
+            verb, _, subject = doing.partition(" ")
+            raise CloudError(
+                verb, subject, f"the answer is not as expected: {type(error).__name__}", hint=_REPORT
+            ) from error
 
     def close(self) -> None:
         """Let the thread end when its call does; idempotent."""
