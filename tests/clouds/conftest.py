@@ -15,7 +15,7 @@ T = TypeVar("T", bound=Site)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _tokens() -> Iterator[None]:
+def tokens() -> Iterator[str]:
     """Google's client reads where metadata are once, when it is imported: tokens come from here."""
 
     def answer(request: Request) -> Answer:
@@ -30,13 +30,12 @@ def _tokens() -> Iterator[None]:
             return Answer(200, b"googleapis.com", "text/plain", headers)
         return Answer(200, b"lab-project", "text/plain", headers)
 
-    with serving(answer) as url, pytest.MonkeyPatch.context() as patch:
+    with serving(answer) as url:
         host = url.partition("//")[2]
-        patch.setenv("GCE_METADATA_HOST", host)
-        patch.setenv("GCE_METADATA_IP", host)
-        import google.auth.compute_engine._metadata  # noqa: F401
-
-        yield
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("GCE_METADATA_HOST", host)
+            import google.auth.compute_engine._metadata  # noqa: F401
+        yield host
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -58,12 +57,12 @@ def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def _nowhere_else(monkeypatch: pytest.MonkeyPatch, tokens: str) -> None:
     """No variable of the machine's user reaches a client."""
     for name in list(os.environ):
-        is_foreign = name.startswith(FOREIGN) or name.lower().endswith("_proxy")
-        if is_foreign and not name.startswith("GCE_METADATA"):
+        if name.startswith(FOREIGN) or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("GCE_METADATA_IP", tokens)  # Google's client looks there whether it is at Google
     monkeypatch.setenv("HOME", "/nonexistent")  # no shared credentials file
 
 
