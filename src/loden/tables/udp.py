@@ -118,7 +118,10 @@ class TunnelTable:
         return failures
 
     def heard(self, message: Message, wanted: Mapping[Hashable, UdpTunnel]) -> Hashable | None:
-        """Somebody changed filters where ours are. A qdisc or a chain takes what is in it along silently."""
+        """Somebody changed filters where ours are.
+
+        Whoever deletes all of a priority, or of a hook, or a qdisc, has the kernel say no more than that.
+        """
         if message.kind not in (netlink.RTM_NEWTFILTER, netlink.RTM_DELTFILTER, netlink.RTM_DELQDISC):
             return None
         index = tc.device_of(message)
@@ -126,10 +129,10 @@ class TunnelTable:
             return None
         if message.kind == netlink.RTM_DELQDISC:
             return LOOK
-        one = tc.parse_filter(message)
-        if one.is_ours:
-            return _tunnel(one) if _tunnel(one) in wanted else None
-        return LOOK if message.kind == netlink.RTM_DELTFILTER and not one.name else None
+        changed = tc.parse_filter(message)
+        if not changed.handle:
+            return LOOK if message.kind == netlink.RTM_DELTFILTER else None
+        return _tunnel(changed) if changed.is_ours and _tunnel(changed) in wanted else None
 
     async def peers_are_in(self) -> None:
         """Every peer is known: from now on our programs may take the place of a predecessor's."""

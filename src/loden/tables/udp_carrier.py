@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _ETHERNET_BYTES = 6
+_NEITHER = "either is enough: run the agent as root of the host itself, or install Loden where gcc is"
 
 #: A place for a program: the device's index, and where on it.
 Place = tuple[int, int]
@@ -271,7 +272,7 @@ def _start_engine(carrier: Carrier) -> None:
     if lack:
         if carrier.fast is None:
             detail = f"no eBPF: {carrier.reason}; no engine: {lack}"
-            raise NotSupported("carry", str(entry), errnos.ENOSYS, detail=detail)
+            raise NotSupported("carry", str(entry), errnos.ENOSYS, detail=detail, hint=_NEITHER)
         log.warning(
             "udp has no engine: %s; unroutable packets get no answer, fragments are not put together", lack
         )
