@@ -14,7 +14,7 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import pytest
 
@@ -301,12 +301,11 @@ def asks_for(frame: bytes, address: str) -> bool:
 def test_options_of_the_packet_go_with_it(underlay: None) -> None:
     del underlay
     require_bpf()
-    path = PathOnDevices(WIRES[0])
-    _, remote, port = path.peer()
-    packet = path.wire.packet(path.wire.own_container, path.peer()[0], b"data", options=b"\x01" * 8)
-    assert "tx_packets" in path.send(packet)
-    assert path.on_wire()[14:] == path.wire.encapsulated(path.wire.older(packet), remote, port)
-    path.close()
+    with closing(PathOnDevices(WIRES[0])) as path:
+        target, remote, port = path.peer()
+        packet = path.wire.packet(path.wire.own_container, target, b"data", options=b"\x01" * 8)
+        assert "tx_packets" in path.send(packet)
+        assert path.on_wire()[14:] == path.wire.encapsulated(path.wire.older(packet), remote, port)
 
 
 class TestIn:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import msgspec
@@ -217,41 +218,38 @@ class TestAfterwards:
         before, index = attached(kernel), link_json(names.device)["ifindex"]
         run(kernel.stack.aclose())
         assert attached(kernel) == before  # no agent, and packets still have their way
-        after = UdpKernel()
-        run(after.stand(*names.own(), names.peer(9)))
-        assert sorted(attached(after)) == sorted(meant(after, names.device))
-        assert set(attached(after)).isdisjoint(before)
-        assert link_json(names.device)["ifindex"] == index
-        after.close()
+        with closing(UdpKernel()) as after:
+            run(after.stand(*names.own(), names.peer(9)))
+            assert sorted(attached(after)) == sorted(meant(after, names.device))
+            assert set(attached(after)).isdisjoint(before)
+            assert link_json(names.device)["ifindex"] == index
 
     def test_predecessors_programs_stay_until_all_peers_are_in(self, kernel: UdpKernel) -> None:
         require_bpf()
         run(kernel.stand(*EBPF.own(), EBPF.peer(9)))
         before = attached(kernel)
         run(kernel.stack.aclose())
-        after = UdpKernel()
-        run(after.devices.refresh())
-        assert run(after.tunnels.put([EBPF.tunnel()])) == {}
-        assert run(after.tunnels.read({EBPF.device: EBPF.tunnel()})) == {EBPF.device: EBPF.tunnel()}
-        assert attached(after) == before
-        assert run(after.peers.put([EBPF.peer(9)])) == {}
-        assert attached(after) == before
-        assert run(after.peers.drop([])) == {}
-        assert sorted(attached(after)) == sorted(meant(after, EBPF.device))
-        after.close()
+        with closing(UdpKernel()) as after:
+            run(after.devices.refresh())
+            assert run(after.tunnels.put([EBPF.tunnel()])) == {}
+            assert run(after.tunnels.read({EBPF.device: EBPF.tunnel()})) == {EBPF.device: EBPF.tunnel()}
+            assert attached(after) == before
+            assert run(after.peers.put([EBPF.peer(9)])) == {}
+            assert attached(after) == before
+            assert run(after.peers.drop([])) == {}
+            assert sorted(attached(after)) == sorted(meant(after, EBPF.device))
 
     @pytest.mark.parametrize("backend", ["vxlan", "host-gw", "alloc"])
     def test_other_backend_removes_what_udp_left(self, kernel: UdpKernel, backend: str) -> None:
         require_bpf()
         run(kernel.stand(*(entry for names in BOTH_EBPF for entry in (*names.own(), names.peer(9)))))
         run(kernel.stack.aclose())
-        after = UdpKernel(backend)
-        run(after.reconciler.look())
-        assert attached(after) == []
-        shown = ip("link show")
-        assert "flannel" not in shown
-        assert "clsact" not in command("tc qdisc show dev eth0")
-        after.close()
+        with closing(UdpKernel(backend)) as after:
+            run(after.reconciler.look())
+            assert attached(after) == []
+            shown = ip("link show")
+            assert "flannel" not in shown
+            assert "clsact" not in command("tc qdisc show dev eth0")
 
     def test_engine_takes_over_from_programs(self, kernel: UdpKernel) -> None:
         require_bpf()
