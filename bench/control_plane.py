@@ -23,7 +23,7 @@ import msgspec
 from bench._common import Arguments, Figure, figure, median, percentile, run
 from bench._etcd import EtcdSite, etcd_site, put
 from bench._site import NETWORK, lease
-from bench.restart import Ping
+from bench.restart import ping_between
 from bench.scale import _cold_start
 from bench.store import _claim
 from loden.errors import LabError
@@ -303,7 +303,7 @@ def _outage(arguments: Arguments) -> Iterator[Figure]:
         identity = namespaces.identity(lab.plan.switch)
         assert identity is not None
         (server,) = (one for one in processes.inside([identity]))
-        ping = Ping(lab)
+        ping = ping_between(lab)
         with ping.running():
             time.sleep(1)
             os.kill(server.pid, signal.SIGSTOP)

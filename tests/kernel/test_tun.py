@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from loden.errors import KernelError
+from loden.errors import LodenError
 from loden.tables.base import LOOK
 from loden.tables.entries import TunLink
 from loden.tables.tun import _IFF_NO_PI, _IFF_TUN, _IFREQ, _PATH, _TUNSETIFF, open_queue
@@ -29,7 +29,7 @@ def kernel(underlay: None) -> Iterator[UdpKernel]:
     tables.close()
 
 
-def put(kernel: UdpKernel, entry: TunLink = ENTRY) -> KernelError | None:
+def put(kernel: UdpKernel, entry: TunLink = ENTRY) -> LodenError | None:
     """Why it failed, if it did."""
     return run(kernel.tuns.put([entry])).get(entry.slot)
 
