@@ -27,7 +27,7 @@ ROUND_S = 1.0
 DATAGRAM_BYTES = 64
 
 _PATIENCE_S = 10.0
-_ROW = 64
+ROW = 64
 _PEERS = 10_000
 _AHEAD_S = 0.3  # so long the source runs before and after the sink counts
 _BUFFER_BYTES = 4 << 20
@@ -227,7 +227,7 @@ def _datagram_figures(program: pathlib.Path, rounds: int) -> Iterator[Figure]:
         "loop": path_of(lambda side: side.loop_address, "loop"),
     }
     # One by one, the source costs more than the engine, and is what limits it; in rows it is not in the way.
-    for row, how in ((1, "sent one by one"), (_ROW, f"sent in rows of {_ROW}")):
+    for row, how in ((1, "sent one by one"), (ROW, f"sent in rows of {ROW}")):
         found = in_turns(
             {name: functools.partial(datagrams, program, path, row=row) for name, path in paths.items()},
             rounds,

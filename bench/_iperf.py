@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """TCP as iperf3 sees it, which is what the anchors in docs/performance.md were measured with."""
 
+import contextlib
 import functools
 import shutil
 import subprocess
@@ -11,9 +12,10 @@ import msgspec
 from loden.address import format_address
 from loden.errors import LabError
 from loden.lab import namespaces
+from loden.lab.probe import End
 from loden.lab.throughput import Path
 
-_PORT = 5201
+_FIRST_PORT = 5201
 #: What is left out of each measurement: congestion control finds its window.
 _SETTLE_S = 0.5
 _PATIENCE_S = 10.0
@@ -38,7 +40,10 @@ def is_available() -> bool:
 
 
 def tcp(path: Path, *, streams: int = 1, seconds: float) -> float:
-    """What connections carry at the same time, in Gbit/s as the receiver sees it.
+    """What connections carry at the same time, in Gbit/s as the receivers see it.
+
+    Each has processes of its own: iperf3 before 3.16 has one thread for all its streams, and with four of
+    them that thread would be what is measured.
 
     Args:
         path: from where to where.
@@ -48,28 +53,48 @@ def tcp(path: Path, *, streams: int = 1, seconds: float) -> float:
     Raises:
         LabError: the path does not connect.
     """
+    what = f"measure {path.source.name} to {path.target.name}"
     there, here = (format_address(end.address) for end in (path.target, path.source))
-    serve = ("iperf3", "--server", "--one-off", "--bind", there, "--port", str(_PORT), "--forceflush")
-    ask = (
-        *("iperf3", "--client", there, "--bind", here, "--port", str(_PORT), "--parallel", str(streams)),
-        *("--time", f"{seconds:g}", "--omit", f"{_SETTLE_S:g}", "--json", "--connect-timeout", "3000"),
-    )
-    with namespaces.inside(path.target.namespace, functools.partial(_popen, serve)) as server:
-        try:
+    with contextlib.ExitStack() as stack:
+        ports = [str(_FIRST_PORT + number) for number in range(streams)]
+        servers = [
+            _start(
+                ("--server", "--one-off", "--bind", there, "--port", port, "--forceflush"), path.target, stack
+            )
+            for port in ports
+        ]
+        for server in servers:
             _wait_until_listening(server)
-            with namespaces.inside(path.source.namespace, functools.partial(_popen, ask)) as client:
-                try:
-                    said, _ = client.communicate(timeout=seconds + _PATIENCE_S)
-                finally:
-                    client.kill()
+        clients = [
+            _start(
+                (
+                    *("--client", there, "--bind", here, "--port", port, "--connect-timeout", "3000"),
+                    *("--time", f"{seconds:g}", "--omit", f"{_SETTLE_S:g}", "--json"),
+                ),
+                path.source,
+                stack,
+            )
+            for port in ports
+        ]
+        try:
+            said = [client.communicate(timeout=seconds + _PATIENCE_S)[0] for client in clients]
         except subprocess.TimeoutExpired as error:
-            raise LabError(f"measure {path.source.name} to {path.target.name}: iperf3 hangs") from error
-        finally:
-            server.kill()
+            raise LabError(f"{what}: iperf3 hangs") from error
+    return sum(_gbps(one, what) for one in said)
+
+
+def _gbps(said: str, what: str) -> float:
     report = msgspec.json.decode(said, type=_Report)
     if report.end is None or report.error:
-        raise LabError(f"measure {path.source.name} to {path.target.name}: iperf3: {report.error}")
+        raise LabError(f"{what}: iperf3: {report.error}")
     return report.end.sum_received.bits_per_second / 1e9
+
+
+def _start(words: tuple[str, ...], end: End, stack: contextlib.ExitStack) -> subprocess.Popen[str]:
+    started = namespaces.inside(end.namespace, functools.partial(_popen, ("iperf3", *words)))
+    stack.enter_context(started)
+    stack.callback(started.kill)
+    return started
 
 
 def _popen(words: tuple[str, ...]) -> subprocess.Popen[str]:
