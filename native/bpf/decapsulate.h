@@ -45,6 +45,16 @@ static inline int deliver(struct __sk_buff *skb, __u32 headers, __u32 length, bo
 	return bpf_redirect(settings.tun, BPF_F_INGRESS);
 }
 
+/*
+ * Datagrams in a row that a virtual wire or a card hands on as one (UDP_SEGMENT). The kernel would still take them for
+ * a tunnel's when it cuts them, and cut in the wrong place: only its own tunnels can clear that mark (SKB_GSO_UDP_TUNNEL).
+ * TCP's are safe, nothing asks there.
+ */
+static inline bool is_row(const struct __sk_buff *skb, __u8 protocol)
+{
+	return skb->gso_size && protocol != IPPROTO_TCP;
+}
+
 static inline int decapsulate4(struct __sk_buff *skb)
 {
 	const __u32 headers = sizeof(struct headers4);
@@ -80,7 +90,7 @@ static inline int decapsulate4(struct __sk_buff *skb)
 	/* Options, bytes behind the packet, several datagrams that the card has merged into one (UDP GRO). */
 	has_sum = outer->udp.check;
 	if (inner->ihl != sizeof(*inner) / 4 || bpf_ntohs(inner->tot_len) != length ||
-	    (has_sum && length < sizeof(*inner) + FIRST_BYTES))
+	    (has_sum && length < sizeof(*inner) + FIRST_BYTES) || is_row(skb, inner->protocol))
 		return pass(FROM_ENGINE);
 	if (header_sum(inner) != 0xffff)
 		return drop(DROP_CHECKSUM);
@@ -133,7 +143,7 @@ static inline int decapsulate6(struct __sk_buff *skb)
 		return drop(DROP_LENGTH);
 	has_sum = outer->udp.check;
 	if (bpf_ntohs(inner->payload_len) + sizeof(*inner) != length ||
-	    (has_sum && length < sizeof(*inner) + FIRST_BYTES))
+	    (has_sum && length < sizeof(*inner) + FIRST_BYTES) || is_row(skb, inner->nexthdr))
 		return pass(FROM_ENGINE);
 
 	copy6(from.address, inner->saddr.in6_u.u6_addr32);

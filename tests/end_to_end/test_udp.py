@@ -26,6 +26,7 @@ from tests.end_to_end.talk import Talk, connection
 from tests.end_to_end.test_agent_interface import readdress
 
 BOTH = ("ebpf", "engine")
+UDP_SEGMENT = 103  # <linux/udp.h>
 PORT = 8285
 STATUS_PORT = 8080
 #: What the kernel asks for when programs are loaded, away: the engine alone is left.
@@ -84,7 +85,7 @@ def require_bytes_arrive(source: probe.End, target: probe.End, count: int = 3_00
 
 
 def require_datagrams_arrive(source: probe.End, target: probe.End) -> None:
-    """Datagrams arrive whole, those among them that IP has to cut."""
+    """Datagrams arrive whole: those that IP has to cut, and those that are sent in rows, as one."""
     with ExitStack() as stack:
         near, far = (
             stack.enter_context(
@@ -98,6 +99,10 @@ def require_datagrams_arrive(source: probe.End, target: probe.End) -> None:
             data = random.Random(size).randbytes(size)
             near.sendto(data, far.getsockname())
             assert far.recv(65536) == data
+        row = [random.Random(size).randbytes(size) for size in (*[1200] * 20, 37)]
+        near.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, len(row[0]))
+        near.sendto(b"".join(row), far.getsockname())
+        assert [far.recv(65536) for _ in row] == row
 
 
 def require_all_kinds(ends: list[probe.End]) -> None:

@@ -5,6 +5,7 @@ It runs on no device (``BPF_PROG_TEST_RUN``). The program at the TUN's egress wa
 Ethernet header, which the kernel has no such test for: test_udp_path.py runs it on devices.
 """
 
+import socket
 import struct
 from collections.abc import Iterator
 from contextlib import closing
@@ -228,6 +229,15 @@ class TestForTheEngine:
         verdict, out, counted = host.run(arriving(host.wire, packet * 2), context)
         assert (verdict, counted) == (UNSPEC, {"from_engine": 1})
         assert out == arriving(host.wire, packet * 2)
+
+    @pytest.mark.parametrize(
+        ("protocol", "counter"), [(socket.IPPROTO_TCP, "rx_packets"), (socket.IPPROTO_UDP, "from_engine")]
+    )
+    def test_row_of_datagrams_that_was_never_cut(self, host: Host, protocol: int, counter: str) -> None:
+        """As a virtual wire hands it on: one outer header, one inner one, and the size of the pieces."""
+        packet = inner(host.wire, bytes(3000), protocol=protocol)
+        _, _, counted = host.run(arriving(host.wire, packet), sk_buff(gso_size=1000, gso_segs=3))
+        assert counted[counter] == 1
 
     @pytest.mark.parametrize("size", [0, 7])
     def test_datagram_with_a_checksum_around_hardly_anything(self, host: Host, size: int) -> None:
