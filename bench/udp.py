@@ -273,7 +273,9 @@ def _datagram_figures(
     what = f"{_engine.DATAGRAM_BYTES}-byte datagrams, {how}"
     yield figure(f"{what}, {_BARE}", median(found[_BARE]), "/s")
     yield figure(f"{what}, ebpf", median(found[_EBPF]), "/s", anchor=("vxlan", median(found[_VXLAN])))
-    yield figure(f"{what}, ebpf to vxlan", _engine.ratio(found, _EBPF, _VXLAN), "times", ">= 1")
+    # Rows that a virtual wire has not cut are the engine's at their end (native/bpf/decapsulate.h).
+    promise = ">= 1" if row == 1 else ""
+    yield figure(f"{what}, ebpf to vxlan", _engine.ratio(found, _EBPF, _VXLAN), "times", promise)
     beside = (_LOOP, median(found[_LOOP]))
     yield figure(f"{what}, engine", median(found[_ENGINE]), "/s", anchor=beside)
     yield figure(f"{what}, engine to such a loop", _engine.ratio(found, _ENGINE, _LOOP), "times", ">= 4")
