@@ -141,7 +141,7 @@ class Wire(msgspec.Struct, frozen=True):
         """What has to become of a frame: the verdict, the frame afterwards, what is counted."""
         found = self._judge(frame[ETHERNET_BYTES:], frame[12:14], allow_unknown=allow_unknown)
         if isinstance(found, str):
-            verdict = SHOT if found.startswith("drop") else UNSPEC
+            verdict = UNSPEC if found in ("", "from_engine", "to_engine") else SHOT
             return verdict, frame, {found: 1} if found else {}
         counted = {"rx_packets": 1, "rx_bytes": len(found)}
         return REDIRECT, frame[:ETHERNET_BYTES] + self.older(found), counted
@@ -173,20 +173,20 @@ class Wire(msgspec.Struct, frozen=True):
         """What is wrong with a packet in itself, or takes more than a look."""
         least = 20 if self.family is Family.IPV4 else 40
         if len(inner) < least:
-            return "drop_truncated"
+            return "truncated"
         if inner[0] >> 4 != (4 if self.family is Family.IPV4 else 6):
-            return "drop_version"
+            return "version"
         if self.family is Family.IPV6:
             length, words = 40 + int.from_bytes(inner[4:6], "big"), 10
         else:
             length, words = int.from_bytes(inner[2:4], "big"), inner[0] & 0xF
         if words * 4 < least or length > len(inner):
-            return "drop_length"
+            return "length"
         # Where a socket's checksum has to be taken off, the program needs a few bytes behind the header.
         if words * 4 > least or length < len(inner) or (has_checksum and len(inner) < least + 8):
             return "from_engine"
         is_right = self.family is Family.IPV6 or ones_sum(inner[:20]) == 0xFFFF
-        return "" if is_right else "drop_checksum"
+        return "" if is_right else "checksum"
 
     def _lie(self, inner: bytes, source: bytes, port: int, *, allow_unknown: bool) -> str:
         """What is wrong with who sent it."""
@@ -196,9 +196,9 @@ class Wire(msgspec.Struct, frozen=True):
         matching = [net for net in map(ip_network, self.peers) if claimed in net]
         best = max(matching, key=lambda net: net.prefixlen, default=None)
         if not allow_unknown and (best is None or self.peers[str(best)] != sender):
-            return "drop_spoofed" if sender in self.peers.values() else "drop_unknown_peer"
+            return "spoofed" if sender in self.peers.values() else "unknown_peer"
         ttl = inner[8] if self.family is Family.IPV4 else inner[7]
-        return "drop_ttl" if ttl <= 1 else ""
+        return "ttl" if ttl <= 1 else ""
 
 
 WIRES = (
