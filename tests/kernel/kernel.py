@@ -253,3 +253,10 @@ def require_bpf() -> None:
     with open("/proc/self/uid_map", encoding="ascii") as file:
         if file.read().split() != ["0", "0", "4294967295"]:
             pytest.skip("eBPF programs need root, outside of user namespaces")
+
+
+def require_tun() -> None:
+    """Skip where this user may make no TUN devices; a host without any is a failure."""
+    path = "/dev/net/tun"
+    if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK):
+        pytest.skip(f"{path} is closed to this user")

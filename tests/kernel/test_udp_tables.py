@@ -18,7 +18,7 @@ from loden.tables import tc
 from loden.tables.tun import open_queue
 from loden.tables.udp_bpf import FastPath
 from tests.kernel.datagrams import WIRES
-from tests.kernel.kernel import BOTH, command, ip, link_json, require_bpf, run, until
+from tests.kernel.kernel import BOTH, command, ip, link_json, require_bpf, require_tun, run, until
 from tests.kernel.test_udp_path import frames, listen
 from tests.kernel.udp_kernel import PORT, UdpKernel, UdpNames, many_subnets
 
@@ -410,6 +410,7 @@ print(json.dumps(try_probe() if way == "probe" else try_tables()))
 
 def elsewhere(way: str, *, wrap: tuple[str, ...] = (), lacks: str = "", library: str = "") -> dict[str, Any]:
     """What becomes of a tunnel in another process, which has not got something."""
+    require_tun()
     line = [*wrap, sys.executable, "-c", _ELSEWHERE, way, lacks, library]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from loden.tables.netlink import Monitor
 from loden.tables.tun import TunTable
 from loden.tables.udp import TunnelTable, UdpPeerTable
 from loden.tables.udp_carrier import Carrier
-from tests.kernel.kernel import GROUPS, Kernel, Names, require_bpf, run
+from tests.kernel.kernel import GROUPS, Kernel, Names, require_bpf, require_tun, run
 
 _RTNLGRP_TC = 4
 PORT = 8285
@@ -24,6 +24,7 @@ class UdpKernel(Kernel):
     """The tables of a backend, those of ``udp`` among them as with every backend."""
 
     def __init__(self, backend: str = "udp") -> None:
+        require_tun()
         super().__init__()
         self.monitor.close()
         self.monitor = Monitor((*GROUPS, _RTNLGRP_TC), ignore_port=self.requests.port)
