@@ -141,7 +141,7 @@ class Wire(msgspec.Struct, frozen=True):
         """What has to become of a frame: the verdict, the frame afterwards, what is counted."""
         found = self._judge(frame[ETHERNET_BYTES:], frame[12:14], allow_unknown=allow_unknown)
         if isinstance(found, str):
-            verdict = UNSPEC if found in ("", "from_engine", "to_engine") else SHOT
+            verdict = UNSPEC if found in ("", "from_engine") else SHOT
             return verdict, frame, {found: 1} if found else {}
         counted = {"rx_packets": 1, "rx_bytes": len(found)}
         return REDIRECT, frame[:ETHERNET_BYTES] + self.older(found), counted

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from loden.address import Family
-from loden.tables import udp_bpf
+from loden.tables import engine, udp_bpf
 
 OBJECT = Path("src/loden/tables/udp.bpf.o")
 HEADER = Path("native/bpf/maps.h")
@@ -109,6 +109,12 @@ def test_counters_have_the_same_order_on_both_sides() -> None:
         if counter.removesuffix("_peer") != name.lower().removeprefix("drop_")
     ]
     assert wrong == []
+
+
+def test_drops_are_counted_under_the_engines_names() -> None:
+    """A status page adds both up by reason; what the kernel alone can fail at is the programs' own."""
+    drops = udp_bpf.COUNTERS[udp_bpf.COUNTERS.index("from_engine") + 1 :]
+    assert set(drops) - set(engine.drop_reasons()) == {"failed"}
 
 
 def test_programs_need_no_gpl() -> None:
