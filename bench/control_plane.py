@@ -292,8 +292,8 @@ def _moved(number: int, step: int) -> Lease:
 
 
 def _outage(arguments: Arguments) -> Iterator[Figure]:
-    """etcd is stopped under traffic, for longer than half of what leases last."""
-    stop_s, ttl_s = arguments.outage, max(8, int(1.5 * arguments.outage))
+    """etcd is stopped under traffic while leases are due to be renewed; they last twice as long."""
+    stop_s, ttl_s = arguments.outage, max(8, int(2 * arguments.outage))
 
     def launch(url: str, subnet_file: Path) -> tuple[str, ...]:
         return loden_run(f"{url}?ttl={ttl_s}", subnet_file)
@@ -303,6 +303,8 @@ def _outage(arguments: Arguments) -> Iterator[Figure]:
         identity = namespaces.identity(lab.plan.switch)
         assert identity is not None
         (server,) = (one for one in processes.inside([identity]))
+        if not lab.check().reachable:
+            raise LabError("reach every container before etcd is stopped: not all answer")
         ping = ping_between(lab)
         with ping.running():
             time.sleep(1)

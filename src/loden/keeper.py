@@ -127,7 +127,7 @@ class Keeper:
     async def keep(self, taken: Taken) -> None:
         """Keep the lease, for ever. Also what only a person can mend in the store is waited for here."""
         trouble = Trouble(log, "keeping the lease")
-        backoff = Backoff(first_s=0.5, most_s=30.0)
+        backoff = Backoff(first_s=0.5, most_s=min(30.0, self._margin_s / 8))
         while True:
             try:
                 await self._step(taken)
