@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,6 +54,31 @@ def test_run_reaches_every_pair(backend: str, topology: str, config: str) -> Non
     assert all(pair["ok"] and pair["rtt_ms"] > 0 for pair in report["pairs"])
     assert report["reachable"] is True
     assert "throughput" not in report
+
+
+@pytest.mark.skipif(shutil.which("etcd") is None, reason="etcd is not installed: apt-get install etcd-server")
+@pytest.mark.parametrize("options", [("--topology", "routed"), ("--family", "ipv6")], ids=" ".join)
+def test_run_on_etcd_reaches_every_pair_and_leaves_no_process(
+    options: tuple[str, ...], tmp_path: Path
+) -> None:
+    done = _lab("run", "--name", _NAME, "--store", "etcd", "--hosts", "2", *options, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["reachable"] is True
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path) not in running
+
+
+def test_lab_without_etcd_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    found = shutil.which("ip")
+    assert found is not None
+    (tmp_path / "bin" / "ip").symlink_to(found)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    done = _lab("run", "--name", _NAME, "--store", "etcd", "--hosts", "1")
+    monkeypatch.undo()
+    assert done.returncode == 1
+    assert "apt-get install etcd-server" in done.stderr
+    assert subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout == ""
 
 
 def test_host_gw_behind_a_router_says_why_not() -> None:
