@@ -62,8 +62,8 @@ def _read(path: Path) -> str:
 
 
 def _launch(store_url: str, subnet_file: Path) -> tuple[str, ...]:
-    """The real agent, with leases that end soon after it."""
-    return loden_run(f"{store_url}?ttl={_TTL_S}", subnet_file)
+    """The real agent, with leases that end soon after it, and as talkative as it can be."""
+    return (*loden_run(f"{store_url}?ttl={_TTL_S}", subnet_file), "--v=10")
 
 
 class Owner:
@@ -200,6 +200,17 @@ def test_three_hosts_live_in_a_cloud(backend: str, monkeypatch: pytest.MonkeyPat
         _check_is_repaired_or_told(lab, owner, second)
         _dead_hosts_route_goes(lab, owner, third)
         _without_agents_nothing_is_repaired(lab, owner, (first, second))
+        _no_secret_was_written(lab)
+
+
+def _no_secret_was_written(lab: Lab) -> None:
+    """Neither what the metadata service handed out, nor what was made of it."""
+    files = [path for path in lab.state.path.rglob("*") if path.is_file()]
+    assert lab.state.log("h1") in files
+    for path in files:
+        text = path.read_bytes()
+        for secret in (b"lab-secret-of-the-role", b"lab-access-token", b"Authorization"):
+            assert secret not in text, path
 
 
 def _require_reached(lab: Lab, *some: Host) -> None:

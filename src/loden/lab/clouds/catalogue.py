@@ -5,11 +5,14 @@ import os
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from loden.errors import LabError
-from loden.lab.clouds.machines import Double
+
+if TYPE_CHECKING:  # every lab reads this, and few have a cloud
+    from loden.lab.clouds.machines import Double
 
 #: Where every cloud's API answers, in the router's namespace.
 API = "169.254.169.253"
@@ -34,7 +37,7 @@ class Entry(msgspec.Struct, frozen=True):
     needs: tuple[str, ...]
     extras: str
 
-    def load(self) -> type[Double]:
+    def load(self) -> "type[Double]":
         """The double's class; it may take seconds."""
         found: type[Double] = getattr(import_module(self.module), self.name)
         return found
