@@ -17,15 +17,13 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, aclosing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from loden.address import Prefix
 from loden.backends import open_tables
 from loden.backends.base import Kernel
-from loden.backends.cloud import CloudBackend
-from loden.cloud_routes import CloudRoutes, is_clouds
 from loden.errors import LodenError, StoreError
 from loden.firewall.keeper import Firewall
 from loden.firewall.rules import make_rules
@@ -49,11 +47,14 @@ from loden.tables.addresses import AddressTable
 from loden.tables.base import Table
 from loden.tables.blackholes import BlackholeTable
 from loden.tables.devices import Devices
-from loden.tables.entries import Blackhole, Entry, TunLink, VxlanLink
+from loden.tables.entries import Blackhole, Entry, TunLink, VxlanLink, is_clouds
 from loden.tables.neighbours import FdbTable, NeighbourTable
 from loden.tables.netlink import Monitor, Netlink
 from loden.tables.routes import RouteTable
 from loden.tables.sysctls import SysctlTable, forwarding, report_unset
+
+if TYPE_CHECKING:
+    from loden.cloud_routes import CloudRoutes
 
 log = logging.getLogger(__name__)
 
@@ -190,9 +191,7 @@ class Agent:
         kernel = Kernel(requests, self._devices, self._look_soon, self._host_changed.set, closing=stack)
         networks = [part.network for part in plan.host.network.ranges]
         self._reconciler = Reconciler(kernel_tables(plan.host.network.backend_type, networks, kernel))
-        self._cloud: CloudRoutes | None = None
-        if (backend := _cloud_of(plan)) is not None:
-            self._cloud = CloudRoutes(backend, plan.host.network, store, is_held=lambda: self._keeper.is_held)
+        self._cloud = self._open_cloud(record)
         self._peers = Peers(plan, self._reconciler, lookups)
         self._own_changed = asyncio.Event()
         self._is_published = False
@@ -200,6 +199,19 @@ class Agent:
         self._troubles = {
             family: Trouble(log, f"following the host for {family}") for family in plan.backends
         }
+
+    def _open_cloud(self, record: Record) -> "CloudRoutes | None":
+        """What keeps the routes of a cloud, where the backend wants any."""
+        if not any(map(is_clouds, self._plan.own_entries(record.lease))):
+            return None
+        from loden.cloud_routes import CloudRoutes  # noqa: PLC0415 - nothing that a host elsewhere has to load
+
+        return CloudRoutes(
+            self._plan.backend,
+            self._plan.host.network,
+            self._store,
+            is_held=lambda: self._keeper.is_held,
+        )
 
     @property
     def is_ready(self) -> bool:
@@ -277,9 +289,7 @@ class Agent:
         """Want what our own lease asks for; the tasks do the rest."""
         plan, subnets = self._plan, [leg.subnet for leg in record.lease.legs]
         self._devices.follow([plan.host.underlay.name])
-        own = [
-            entry for leg in record.lease.legs for entry in plan.backends[leg.subnet.family].own_entries(leg)
-        ]
+        own = plan.own_entries(record.lease)
         self._reconciler.want(_OWN, [entry for entry in own if not is_clouds(entry)])
         if self._cloud is not None:
             self._cloud.stand(record, own)
@@ -453,8 +463,8 @@ class Agent:
             return
         self._plan = plan
         self._peers.use(plan)
-        if self._cloud is not None and (backend := _cloud_of(plan)) is not None:
-            self._cloud.use(backend)
+        if self._cloud is not None:
+            self._cloud.use(plan.backend)
         if not self._keeper.has_let_go:
             self._stand(self._keeper.record)
         if changes:
@@ -478,11 +488,6 @@ class Agent:
         let_go = " let go" if self._keeper.has_let_go else ""
         problem = f"; {self._cloud.problem}" if self._cloud is not None and self._cloud.problem else ""
         return f"{self._keeper.record.lease}{let_go}, {self._peers}, {failing} failing{problem}"
-
-
-def _cloud_of(plan: Plan) -> CloudBackend | None:
-    """The backend where it routes in a cloud; one and the same for all families."""
-    return next((one for one in plan.backends.values() if isinstance(one, CloudBackend)), None)
 
 
 def kernel_tables(backend_type: str, networks: Sequence[Prefix], kernel: Kernel) -> list[Table[Any]]:

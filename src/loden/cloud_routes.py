@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterable
 
 from loden.address import Prefix
+from loden.backends.base import Backend
 from loden.backends.cloud import CloudBackend
 from loden.errors import MalformedLease
 from loden.lease import parse_key
@@ -18,7 +19,7 @@ from loden.stores.base import Changes, Record, Snapshot, Store
 from loden.tables.cloud_calls import CloudCalls
 from loden.tables.cloud_plan import Census
 from loden.tables.cloud_tables import CloudRouteTable, CloudSettingTable, Terms
-from loden.tables.entries import CloudRoute, CloudSetting, Entry
+from loden.tables.entries import CloudRoute, CloudSetting, Entry, is_clouds
 
 log = logging.getLogger(__name__)
 
@@ -26,16 +27,11 @@ _OWN = "own lease"
 _RETRY_FIRST_S, _SPREAD = 2.0, 0.2
 
 
-def is_clouds(entry: Entry) -> bool:
-    """Whether an entry stands in a cloud, and not in the kernel."""
-    return isinstance(entry, CloudRoute | CloudSetting)
-
-
 class CloudRoutes:
     """Keeps what this host wants of its cloud.
 
     Args:
-        backend: opens the cloud.
+        backend: a cloud's; it opens the cloud.
         network: the cluster's configuration.
         store: says who holds which subnet.
         is_held: whether the own lease is held now.
@@ -43,12 +39,13 @@ class CloudRoutes:
 
     def __init__(
         self,
-        backend: CloudBackend,
+        backend: Backend,
         network: Network,
         store: Store,
         *,
         is_held: Callable[[], bool] = lambda: True,
     ) -> None:
+        assert isinstance(backend, CloudBackend), "no other wants anything of a cloud"
         options = backend.options
         self._store = store
         self._record: Record | None = None
@@ -102,8 +99,9 @@ class CloudRoutes:
         self._wanted = []
         self._reconciler.want(_OWN, ())
 
-    def use(self, backend: CloudBackend) -> None:
+    def use(self, backend: Backend) -> None:
         """Work with this backend's cloud from now on: the host has another address. Does not block."""
+        assert isinstance(backend, CloudBackend)
         self._calls.change(backend.open())
         self._reconciler.look_soon()
 

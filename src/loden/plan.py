@@ -22,6 +22,7 @@ from loden.network import Network, parse_network
 from loden.stores.acquire import Claim, this_host
 from loden.stores.base import Store
 from loden.tables import netlink
+from loden.tables.entries import Entry
 from loden.tables.host import find_hops, read_host
 from loden.tables.netlink import Netlink
 
@@ -42,9 +43,18 @@ class Plan(msgspec.Struct, frozen=True):
     troubles: Mapping[Family, LodenError] = {}
 
     @property
+    def backend(self) -> Backend:
+        """The first family's, and so all families' unless they were planned apart."""
+        return next(iter(self.backends.values()))
+
+    def own_entries(self, lease: Lease) -> list[Entry]:
+        """What stands on this host, or in its cloud, for its own lease."""
+        return [entry for leg in lease.legs for entry in self.backends[leg.subnet.family].own_entries(leg)]
+
+    @property
     def lease_type(self) -> str:
         """``BackendType`` in leases, of peers that can be served too."""
-        return next(iter(self.backends.values())).lease_type
+        return self.backend.lease_type
 
     @property
     def needs_hops(self) -> bool:

@@ -321,3 +321,8 @@ class CloudSetting(Entry, frozen=True, gc=False):
 
     def __str__(self) -> str:
         return f"cloud setting {self.name}={self.value}"
+
+
+def is_clouds(entry: Entry) -> bool:
+    """Whether an entry stands in a cloud, and not in the kernel."""
+    return isinstance(entry, CloudRoute | CloudSetting)
