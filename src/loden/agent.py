@@ -191,7 +191,7 @@ class Agent:
         kernel = Kernel(requests, self._devices, self._look_soon, self._host_changed.set, closing=stack)
         networks = [part.network for part in plan.host.network.ranges]
         self._reconciler = Reconciler(kernel_tables(plan.host.network.backend_type, networks, kernel))
-        self._cloud = self._open_cloud(record)
+        self._cloud = self._open_cloud(self._keeper.record)
         self._peers = Peers(plan, self._reconciler, lookups)
         self._own_changed = asyncio.Event()
         self._is_published = False

@@ -61,7 +61,7 @@ async def _make_plan(options: AgentOptions) -> Sequence[str]:
     requests = Netlink()
     try:
         plan = await make_plan(options.selection, await read_network(store), requests)
-        backend = next(iter(plan.backends.values()))
+        backend = plan.backend
         if not isinstance(backend, CloudBackend):
             raise ConfigError(
                 "Backend.Type",
