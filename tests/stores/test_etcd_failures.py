@@ -502,6 +502,10 @@ def test_error_names_every_endpoint_that_was_tried() -> None:
             with pytest.raises(StoreError, match=r"running there") as caught:
                 await store.get_network()
             assert "127.0.0.1:1: Connection refused" in str(caught.value)
-            assert "no.such.host.invalid:2379: Name or service not known" in str(caught.value)
+            # Which words depends on whether a name server answers at all.
+            assert re.search(
+                r"no\.such\.host\.invalid:2379: (Name or service not known|Temporary failure)",
+                str(caught.value),
+            )
 
     run(work)
