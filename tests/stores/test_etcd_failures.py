@@ -502,10 +502,8 @@ def test_error_names_every_endpoint_that_was_tried() -> None:
             with pytest.raises(StoreError, match=r"running there") as caught:
                 await store.get_network()
             assert "127.0.0.1:1: Connection refused" in str(caught.value)
-            # Which words depends on whether a name server answers at all.
-            assert re.search(
-                r"no\.such\.host\.invalid:2379: (Name or service not known|Temporary failure)",
-                str(caught.value),
-            )
+            # What is said of it depends on whether a name server answers at all.
+            said = str(caught.value).partition("no.such.host.invalid:2379: ")[2]
+            assert said.startswith(("Name or service not known", "Temporary failure in name resolution"))
 
     run(work)
