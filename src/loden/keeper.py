@@ -33,6 +33,8 @@ _LONGEST_SLEEP_S = 60.0
 #: apart by some seconds, and the kernel's tables take one.
 _SAFETY_S = 30.0
 _TICK_S = 5.0
+#: So long may taking a lost lease again take, which nobody else is known to have.
+_GRACE_S = 2.0
 
 #: What this host asks for, given the subnets that it had.
 MakeClaim = Callable[[Sequence[Prefix]], Claim]
@@ -76,6 +78,7 @@ class Keeper:
         self._clock = clock or SystemClock()
         self._is_lost = False
         self._is_usurped = False
+        self._lost_at_s = 0.0
         self._has_let_go = False
         self._judged = asyncio.Event()
         self._is_outdated = False
@@ -102,7 +105,10 @@ class Keeper:
     def _left_s(self) -> float:
         """How long this host may act as the lease's owner, as far as time goes."""
         expires = self._record.expires
-        return math.inf if expires is None else expires - self._safety_s - self._clock.since_boot_s()
+        end_s = math.inf if expires is None else expires - self._safety_s
+        if self._is_lost:
+            end_s = min(end_s, self._lost_at_s + _GRACE_S)
+        return end_s - self._clock.since_boot_s()
 
     def hear(self, news: Changes | Snapshot) -> None:
         """Take note of what a watch says, where it says anything of our key. Does not block.
@@ -157,9 +163,7 @@ class Keeper:
                     "lease let go subnet=%s: %s; this host neither sends to the network nor answers for the "
                     "subnet until it holds a lease again",
                     self._record.lease,
-                    "it is not ours any more"
-                    if self._is_usurped
-                    else "it could not be renewed before its end",
+                    "it is not ours any more" if self._is_lost else "it could not be renewed before its end",
                 )
                 let_go()
             # The loop's clock stands still while the machine is suspended, and the lease's does not.
@@ -222,7 +226,8 @@ class Keeper:
         """See whether what our key holds, as it was after our last write, is still our lease."""
         held = self._record
         if found is None or found.lease != held.lease or _id(found) != _id(held):
-            self._is_lost = True
+            self._is_lost, self._lost_at_s = True, self._clock.since_boot_s()
+            self._judged.set()
             log.error("lease lost subnet=%s: %s", held.lease, self._how_lost(found))
             if found is not None and _id(found) != _id(held):
                 self._usurped()

@@ -94,6 +94,8 @@ class Cluster:
         flags: of etcd, for each of them.
         scheme: what clients speak.
         serve: the address that clients come to.
+        fast: elect a new leader within a fraction of a second.
+        token: makes it another cluster.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class Cluster:
         scheme: str = "http",
         serve: str = "127.0.0.1",
         fast: bool = False,
+        token: str = "etcd",
     ) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="loden-etcd-"))
         ports = _free_ports(2 * members)
@@ -118,6 +121,7 @@ class Cluster:
                 *("--listen-client-urls", f"{scheme}://{client}"),
                 *("--advertise-client-urls", f"{scheme}://{client}"),
                 *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
+                *("--initial-cluster-token", token),
                 *("--initial-cluster", together, "--logger", "zap", "--log-outputs", "stderr"),
                 *(*speed, *flags),
             )

@@ -50,6 +50,11 @@ class Relay:
     def mend(self) -> None:
         self._whole.set()
 
+    def lead_to(self, host: str, port: str) -> None:
+        """Lead to another place from now on."""
+        self._target = (host, port)
+        self.drop()
+
     def drop(self) -> None:
         """Break every connection off."""
         for writer in self._writers:

@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import itertools
 import random
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 
@@ -453,6 +454,29 @@ def test_renewal_by_a_leader_that_is_none_any_more_does_not_count(alone: Cluster
             assert (await store.replace(renewed)).revision == renewed.revision
 
     run(work)
+
+
+def test_cluster_made_anew_is_no_later_state_of_the_old_one() -> None:
+    """Its revisions are higher already, and say nothing of what was seen in the other."""
+
+    async def work(old: Cluster, new: Cluster) -> None:
+        relay = Relay(*old.members[0].client.split(":"))
+        async with relay.running() as through, opened(f"etcd://{through}", new.url()) as (one, two):
+            await one.create(lease(), holder=holder("a"))
+            seen = await one.snapshot()
+            for number in range(2, 9):
+                await two.create(lease(f"10.5.{number}.0/24", public=f"192.0.2.{number}"), holder=None)
+            relay.lead_to(*new.members[0].client.split(":"))
+            event = None
+            while event is None:
+                with contextlib.suppress(StoreUnavailable):
+                    async with aclosing(one.watch(seen.revision)) as events:
+                        event = await anext(events)
+            assert isinstance(event, Snapshot)
+            assert len(event.records) == 7
+
+    with Cluster() as old, Cluster(token="another") as new:
+        run(lambda: work(old, new))
 
 
 def test_answer_that_got_lost_is_found_out(alone: Cluster) -> None:

@@ -172,6 +172,10 @@ def test_user_writes_reads_and_watches_while_tokens_come_and_go(users: Cluster) 
                     assert event.revision > held.revision
             snapshot = await other.snapshot()
             assert len(snapshot.records) == 3
+            for one in (store, other):  # all at once find their token stale
+                one._client._token = "stale"  # type: ignore[attr-defined]
+                found = await asyncio.gather(*(one.snapshot() for _ in range(5)))
+                assert all(it.records.keys() == snapshot.records.keys() for it in found)
             async with aclosing(other.watch(snapshot.revision)) as events:  # with a token long forgotten
                 await store.delete(held)
                 assert (await anext(events)).revision > snapshot.revision

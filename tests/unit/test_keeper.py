@@ -632,3 +632,30 @@ def test_range_that_was_moved_leaves_a_running_lease_where_it_is() -> None:
             assert keeper.record.key == "10.5.255.0-24"
 
     in_world(test)
+
+
+def test_lost_lease_that_the_store_does_not_answer_for_is_let_go(caplog: pytest.LogCaptureFixture) -> None:
+    """It hangs instead of failing; meanwhile anybody may take what nobody holds."""
+
+    async def test(world: World) -> None:
+        async with world.guarded() as keeper:
+            hangs = asyncio.Event()
+
+            async def hang() -> Snapshot:
+                await hangs.wait()
+                return await MemoryStore.snapshot(world.store)
+
+            world.store.snapshot = hang  # type: ignore[method-assign]
+            before = keeper.record
+            await world.store.delete(before)
+            await asyncio.sleep(1.9)
+            assert not world.let_go_s
+            await asyncio.sleep(0.2)
+            assert len(world.let_go_s) == 1
+            hangs.set()
+            await asyncio.sleep(1)
+            assert keeper.is_held
+            assert [record.key for record in world.taken] == [before.key]
+
+    in_world(test)
+    assert "it is not ours any more" in caplog.text

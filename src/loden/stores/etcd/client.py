@@ -104,10 +104,13 @@ class Client:
             raise self._translated(channel, error) from error
 
     def forget_token(self) -> bool:
-        """Ask for a new token before the next call; whether there was one."""
-        had, self._token = bool(self._token), ""
+        """Ask for a new token before the next call; whether we are anybody who gets one.
+
+        Of calls that run side by side each may find the token stale, and each tries again.
+        """
+        self._token = ""
         self._needs_token = bool(self._access.username)
-        return had
+        return self._needs_token
 
     async def close(self) -> None:
         """Let go of the connection; idempotent."""

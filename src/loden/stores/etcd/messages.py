@@ -59,12 +59,14 @@ class Range(msgspec.Struct, frozen=True):
         found: in key order.
         has_more: whether a limit cut them short.
         term: the reign of the leader that the member knew of: it changes with the leader.
+        cluster: which one it is: another, where somebody made it anew.
     """
 
     revision: int
     found: tuple[KeyValue, ...]
     has_more: bool = False
     term: int = 0
+    cluster: int = 0
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -109,6 +111,7 @@ class News(msgspec.Struct, frozen=True):
         is_canceled: the last message.
         reason: why it was canceled.
         compacted: what happened before this revision is forgotten; 0 where nothing asked for is.
+        cluster: as in :class:`Range`.
     """
 
     revision: int
@@ -117,6 +120,7 @@ class News(msgspec.Struct, frozen=True):
     is_canceled: bool = False
     reason: str = ""
     compacted: int = 0
+    cluster: int = 0
 
 
 class Target(IntEnum):
@@ -245,16 +249,16 @@ def read_range(data: bytes) -> Range:
     Raises:
         Malformed: it is none.
     """
-    revision, term, has_more = 0, 0, False
+    revision, term, cluster, has_more = 0, 0, 0, False
     found: list[KeyValue] = []
     for field, number, chunk in _fields(data):
         if field == 2:
             found.append(_key_value(chunk))
         elif field == 1:
-            revision, term = _header(chunk)
+            revision, term, cluster = _header(chunk)
         elif field == 3:
             has_more = bool(number)
-    return Range(revision, tuple(found), has_more, term)
+    return Range(revision, tuple(found), has_more, term, cluster)
 
 
 def read_answer(data: bytes) -> Answer:
@@ -268,7 +272,7 @@ def read_answer(data: bytes) -> Answer:
     previous: list[KeyValue] = []
     for field, number, chunk in _fields(data):
         if field == 1:
-            revision, _ = _header(chunk)
+            revision, *_ = _header(chunk)
         elif field == 2:
             succeeded = bool(number)
         elif field == 3:
@@ -297,7 +301,7 @@ def read_grant(data: bytes) -> Grant:
         elif field == 5:
             keys.append(chunk)
         elif field == 1:
-            _, term = _header(chunk)
+            _, term, _ = _header(chunk)
     return Grant(number_of, ttl_s, tuple(keys), term)
 
 
@@ -307,13 +311,13 @@ def read_news(data: bytes) -> News:
     Raises:
         Malformed: it is none.
     """
-    revision, is_created, is_canceled, reason, compacted = 0, False, False, "", 0
+    revision, cluster, is_created, is_canceled, reason, compacted = 0, 0, False, False, "", 0
     events: list[tuple[bool, KeyValue]] = []
     for field, number, chunk in _fields(data):
         if field == 11:
             events.append(_event(chunk))
         elif field == 1:
-            revision, _ = _header(chunk)
+            revision, _, cluster = _header(chunk)
         elif field == 3:
             is_created = bool(number)
         elif field == 4:
@@ -322,7 +326,7 @@ def read_news(data: bytes) -> News:
             compacted = number
         elif field == 6:
             reason = chunk.decode(errors="replace")
-    return News(revision, tuple(events), is_created, is_canceled, reason, compacted)
+    return News(revision, tuple(events), is_created, is_canceled, reason, compacted, cluster)
 
 
 def _event(data: bytes) -> tuple[bool, KeyValue]:
@@ -335,10 +339,10 @@ def _event(data: bytes) -> tuple[bool, KeyValue]:
     return is_put, found
 
 
-def _header(data: bytes) -> tuple[int, int]:
-    """What every answer begins with: the store's revision, and the leader's term."""
+def _header(data: bytes) -> tuple[int, int, int]:
+    """What every answer begins with: the store's revision, the leader's term, and which cluster it is."""
     found = {field: number for field, number, _ in _fields(data)}
-    return found.get(3, 0), found.get(4, 0)
+    return found.get(3, 0), found.get(4, 0), found.get(1, 0)
 
 
 def _signed(number: int) -> int:

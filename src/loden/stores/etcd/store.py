@@ -83,6 +83,7 @@ class EtcdStore:
         self._clock = clock or SystemClock()
         self._create = create
         self._is_closed = False
+        self._cluster = 0
         #: When the etcd leases end that this handle had granted, on the boot clock.
         self._ends: dict[int, float] = {}
         self._held: dict[str, _Held] = {}
@@ -144,6 +145,7 @@ class EtcdStore:
         while has_more:
             page = await self._range(messages.get(start, end, limit=_PAGE, revision=revision))
             reading.take(page.found)
+            self._cluster = page.cluster
             revision = revision or page.revision
             has_more = page.has_more
             start = page.found[-1].key + b"\0" if page.found else end
@@ -183,9 +185,12 @@ class EtcdStore:
         granted = 0 if reserve else await self._grant()
         compare = [*self._absent(lease), *claims.unclaimed(self._keys.claims, lease)]
         puts, looks = self._puts(record, granted), self._looks(lease)
-        answer = await self._write(compare, puts, looks, unsure=(granted,))
-        if not answer.succeeded and await self._clear_stale_claims(lease, answer):
+        try:
             answer = await self._write(compare, puts, looks, unsure=(granted,))
+            if not answer.succeeded and await self._clear_stale_claims(lease, answer):
+                answer = await self._write(compare, puts, looks, unsure=(granted,))
+        except LeaseGone as error:
+            raise Conflict(f"create lease {key}: its etcd lease has ended meanwhile") from error
         if not answer.succeeded:
             self._keep_spare(granted)
             raise Conflict(f"create lease {key}: {self._who_has(lease, answer)}")
@@ -291,9 +296,7 @@ class EtcdStore:
                         news = messages.read_news(data)
                         if news.is_canceled and not news.compacted:
                             break
-                        # etcd lets us wait for a future that another store is in: it was put back from a
-                        # copy.
-                        if news.compacted or (news.is_created and news.revision < since):
+                        if news.compacted or (news.is_created and self._is_another(news, since)):
                             yield None
                             return
                         if news.events:
@@ -306,6 +309,12 @@ class EtcdStore:
                 raise
             if is_last_try or not self._client.forget_token():
                 raise self._client.refusal(news.reason or "it canceled the watch")
+
+    def _is_another(self, news: News, since: int) -> bool:
+        """Whether the cluster was made anew, or put back from a copy: then etcd would wait for the future."""
+        is_new = self._cluster not in (0, news.cluster)
+        self._cluster = news.cluster
+        return is_new or news.revision < since
 
     def _end_of(self, lease_id: int) -> float:
         return self._ends.get(lease_id, math.inf)
