@@ -29,6 +29,7 @@ from loden.firewall.keeper import Firewall
 from loden.firewall.rules import make_rules
 from loden.keeper import Keeper
 from loden.lock import one_agent
+from loden.memory import return_large_blocks
 from loden.network import Network
 from loden.network_watch import follow_network
 from loden.options import AgentOptions
@@ -85,6 +86,7 @@ def run(options: AgentOptions) -> int:
     Raises:
         LodenError: what starting again cannot mend.
     """
+    return_large_blocks()
     return asyncio.run(_main(options))
 
 

@@ -17,8 +17,8 @@ LAYERS = (
     ("cli",),
     ("lab",),
     (
-        *("agent", "cleanup", "cloud_routes", "keeper", "lock", "network_watch", "options", "peers", "plan"),
-        "reconcile",
+        *("agent", "cleanup", "cloud_routes", "keeper", "lock", "memory", "network_watch", "options", "peers"),
+        *("plan", "reconcile"),
     ),
     ("stores", "backends", "firewall", "status"),
     ("clouds",),

@@ -29,21 +29,23 @@ def read_rows(rows: Iterable[Row]) -> tuple[dict[str, Record], dict[str, str]]:
     lies between things that stay is memory that nobody else can use.
     """
     malformed: dict[str, str] = {}
-    leases: dict[str, Lease] = {}
+    keys: list[str] = []
+    leases: list[Lease] = []
     revisions, ends, texts, cuts = array("q"), array("d"), bytearray(), array("q")
     for key, value, revision, expires, holder, contender in rows:
         try:
-            leases[key] = decode(key, value)
+            leases.append(decode(key, value))
         except MalformedLease as error:
             malformed[key] = error.message
             continue
+        keys.append(key)
         revisions.append(revision)
         ends.append(nan if expires is None else expires)
         texts += (holder or "").encode() + b"\0" + (contender or "").encode()
         cuts.append(len(texts))
     records: dict[str, Record] = {}
     start = 0
-    for (key, lease), revision, end, cut in zip(leases.items(), revisions, ends, cuts, strict=True):
+    for key, lease, revision, end, cut in zip(keys, leases, revisions, ends, cuts, strict=True):
         holder_text, _, contender_text = bytes(texts[start:cut]).partition(b"\0")
         start = cut
         try:

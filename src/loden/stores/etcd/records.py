@@ -98,8 +98,9 @@ class Reading:
     def __init__(self, keys: Keys, ends: Ends) -> None:
         self._keys = keys
         self._ends = ends
-        self._beside: dict[bytes, tuple[int, bytes]] = {}
-        self._leases: dict[str, Lease] = {}
+        self._beside: dict[bytes, bytes] = {}  # by name: eight bytes of revision, then the value
+        self._names: list[str] = []
+        self._leases: list[Lease] = []
         self._revisions = array("q")
         self._lease_ids = array("q")
         self._malformed: dict[str, str] = {}
@@ -133,15 +134,15 @@ class Reading:
     def _put(self, one: KeyValue) -> None:
         keys = self._keys
         if keys.is_holder(one.key):
-            self._beside[one.key[len(keys.holders) :]] = (one.modified, one.value)
+            self._beside[one.key[len(keys.holders) :]] = one.modified.to_bytes(8, "big") + one.value
         elif keys.is_subnet(one.key):
             name = keys.name(one.key)
             try:
-                lease = self._lease(name, one)
+                self._leases.append(self._lease(name, one))
             except MalformedLease as error:
                 self._malformed[name] = error.message
             else:
-                self._leases[name] = lease
+                self._names.append(name)
                 self._revisions.append(one.modified)
                 self._lease_ids.append(one.lease)
 
@@ -154,19 +155,19 @@ class Reading:
 
     def _records(self) -> dict[str, Record]:
         records = {}
-        facts = zip(self._leases.items(), self._revisions, self._lease_ids, strict=True)
-        for (name, lease), revision, lease_id in facts:
+        facts = zip(self._names, self._leases, self._revisions, self._lease_ids, strict=True)
+        for name, lease, revision, lease_id in facts:
             expires = self._ends(lease_id) if lease_id else None
             beside = self._read_beside(name, revision)
             records[name] = Record(name, lease, revision, expires, beside.holder, beside.contender)
         return records
 
     def _read_beside(self, name: str, revision: int) -> _Beside:
-        at, text = self._beside.pop(name.encode(), (0, b""))
-        if at != revision:
+        beside = self._beside.pop(name.encode(), b"")
+        if beside[:8] != revision.to_bytes(8, "big"):
             return _NOTHING
         try:
-            return _decoder.decode(text)
+            return _decoder.decode(beside[8:])
         except (msgspec.DecodeError, RecursionError) as error:
             self._malformed[f"loden/holders/{name}"] = f"read holder of {name!r}: {error}"
             return _NOTHING

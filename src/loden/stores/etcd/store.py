@@ -37,7 +37,7 @@ from loden.stores.etcd.records import Keys, Reading, encode_beside
 _log = logging.getLogger(__name__)
 
 #: One answer for all of fifty thousand leases would be in memory at once, here and in etcd.
-_PAGE = 5_000
+_PAGE = 10_000
 _AT_ONCE = 32
 
 
