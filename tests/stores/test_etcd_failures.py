@@ -421,9 +421,9 @@ def test_no_two_hosts_own_one_subnet_whatever_happens(three: Cluster) -> None:
                     relay.mend()
                 await wait_for("all are taken", lambda: sum(1 for host in hosts if host.believed) == 6)
                 assert len({host.believed for host in hosts if host.believed}) == 6
+                assert any(not event.begins for event in history.events), "nothing happened"
                 for task in tasks:
                     task.cancel()
-            assert len(history.events) > 2 * len(hosts)
             assert violations(history.events, bound_s=max(host.worst_lag_s for host in hosts)) == []
 
     run(work, most_s=120)
