@@ -106,7 +106,9 @@ def running_network(current: Network, put: Network) -> tuple[Network, tuple[str,
         ranges.append(part)
     stays += [f"Enable{family} stays false" for family in put.families if family not in current.families]
     if (put.backend_type, put.backend) != (current.backend_type, current.backend):
-        stays.append(f"Backend stays {current.backend_type} {current.backend.decode()}")
+        # Its options may hold keys of an account: what they are is in the store, for who may read it.
+        which = "with its options" if put.backend_type == current.backend_type else f"not {put.backend_type}"
+        stays.append(f"Backend stays {current.backend_type}, {which}")
     if put.enable_nftables != current.enable_nftables:
         stays.append(f"EnableNFTables stays {str(current.enable_nftables).lower()}")
     network = msgspec.structs.replace(

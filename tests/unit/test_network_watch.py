@@ -36,8 +36,8 @@ def test_excluded_destinations_count_at_once() -> None:
     [
         ({"Network": "10.6.0.0/16"}, "Network stays 10.5.0.0/16, not 10.6.0.0/16"),
         ({"SubnetLen": 26}, "SubnetLen stays 24, not 26"),
-        ({"Backend": {"Type": "host-gw"}}, "Backend stays vxlan"),
-        ({"Backend": {"Type": "vxlan", "VNI": 7}}, "Backend stays vxlan"),
+        ({"Backend": {"Type": "host-gw"}}, "Backend stays vxlan, not host-gw"),
+        ({"Backend": {"Type": "vxlan", "VNI": 7}}, "Backend stays vxlan, with its options"),
         ({"EnableNFTables": True}, "EnableNFTables stays false"),
         ({"EnableIPv6": True, "IPv6Network": "fd00:5::/48"}, "EnableIPv6 stays false"),
         ({"EnableIPv4": False, "EnableIPv6": True, "IPv6Network": "fd00:5::/48"}, "EnableIPv4 stays true"),
@@ -47,6 +47,15 @@ def test_what_cannot_change_is_named(members: dict[str, object], stays: str) -> 
     taken, said = running_network(network(), network(**members))
     assert msgspec.structs.replace(taken, notes=()) == network()
     assert any(sentence.startswith(stays) for sentence in said)
+
+
+def test_keys_among_a_backends_options_are_not_said() -> None:
+    before, after = (
+        network(Backend={"Type": "ali-vpc", "AccessKeyID": name, "AccessKeySecret": f"{name} secret"})
+        for name in ("LTAIold", "LTAInew")
+    )
+    _, (said,) = running_network(before, after)
+    assert said == "Backend stays ali-vpc, with its options"
 
 
 def test_of_two_changes_each_goes_its_way() -> None:
