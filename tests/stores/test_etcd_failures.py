@@ -5,7 +5,6 @@ import asyncio
 import contextlib
 import itertools
 import random
-import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 

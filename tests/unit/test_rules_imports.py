@@ -17,7 +17,17 @@ LAYERS = (
     ("cli",),
     ("lab",),
     (
-        *("agent", "cleanup", "cloud_routes", "keeper", "lock", "memory", "network_watch", "options", "peers"),
+        *(
+            "agent",
+            "cleanup",
+            "cloud_routes",
+            "keeper",
+            "lock",
+            "memory",
+            "network_watch",
+            "options",
+            "peers",
+        ),
         *("plan", "reconcile"),
     ),
     ("stores", "backends", "firewall", "status"),
