@@ -104,9 +104,6 @@ class FakeCloud:
         self._note("change", f"{name}={value}")
         self.account.settings[self.host][name] = value
 
-    def close(self) -> None:
-        self._note("close", "")
-
     def _note(self, verb: str, subject: str) -> None:
         act = self.account.before.pop(verb, None)
         if act is not None:

@@ -404,10 +404,10 @@ class TestCalls:
         calls = CloudCalls(cloud, deadline_s=0.05, attach_s=0.05)
         account.stuck = threading.Event()
         with pytest.raises(CloudUnavailable, match=r"read metadata of Nimbus: no answer within 0.05 s"):
-            run(calls.call("list routes", cloud.list_routes))
+            run(calls.call("list routes", lambda cloud: cloud.list_routes()))
         account.stuck.set()
         account.stuck = None
-        assert run(calls.call("list routes", cloud.list_routes)).tables == ("t",)
+        assert run(calls.call("list routes", lambda cloud: cloud.list_routes())).tables == ("t",)
         calls.close()
 
     def test_attach_once_and_say_what_was_found(self) -> None:
@@ -416,13 +416,22 @@ class TestCalls:
         cloud = account.host("a")
         calls = CloudCalls(cloud, attached=said.append)
         for _ in range(2):
-            run(calls.call("list routes", cloud.list_routes))
+            run(calls.call("list routes", lambda cloud: cloud.list_routes()))
         assert said == ["host a"]
         assert account.journal == ["attach a", "list a", "list a"]
         other = account.host("b")
         calls.change(other)
-        run(calls.call("list routes", other.list_routes))
+        run(calls.call("list routes", lambda cloud: cloud.list_routes()))
         assert said == ["host a", "host b"]
+        calls.close()
+
+    def test_cloud_that_comes_while_another_is_being_attached_is_attached_too(self) -> None:
+        account = Account()
+        calls = CloudCalls(account.host("a"))
+        account.before["attach"] = lambda: calls.change(account.host("b"))
+        run(calls.call("list routes", lambda cloud: cloud.list_routes()))
+        run(calls.call("list routes", lambda cloud: cloud.list_routes()))
+        assert account.journal == ["attach a", "list a", "attach b", "list b"]
         calls.close()
 
     def test_answer_that_lacks_something_is_an_error_of_that_call(
@@ -431,12 +440,12 @@ class TestCalls:
         calls = CloudCalls(Account().host("a"))
         answer: dict[str, str] = {}
         with pytest.raises(CloudError, match="read colour: the answer is not as expected: KeyError"):
-            run(calls.call("read colour", lambda: answer["colour"]))
+            run(calls.call("read colour", lambda _: answer["colour"]))
         assert "cloud.answer_misread doing='read colour'" in caplog.text
         calls.close()
 
     def test_bug_in_a_cloud_is_not_swallowed(self) -> None:
         calls = CloudCalls(Account().host("a"))
         with pytest.raises(ZeroDivisionError):
-            run(calls.call("divide", lambda: 1 // 0))
+            run(calls.call("divide", lambda _: 1 // 0))
         calls.close()

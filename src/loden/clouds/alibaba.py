@@ -310,9 +310,6 @@ class Alibaba:
             {"NetworkInterfaceId": interface, "SourceDestCheck": "false"},
         )
 
-    def close(self) -> None:
-        """The vendor's client keeps its connections to itself."""
-
     @property
     def _here(self) -> Instance:
         assert self._instance is not None, "attach() comes first"

@@ -288,10 +288,6 @@ class Aws:
                 lambda: self._ec2.modify_instance_attribute(InstanceId=here.id, SourceDestCheck=off),
             )
 
-    def close(self) -> None:
-        for client in self._clients.values():
-            client.close()
-
     def _describe_interface(self, interface: str) -> Mapping[str, Any]:
         found = _ask(
             "read",

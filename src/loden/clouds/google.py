@@ -220,10 +220,6 @@ class Google:
             "--most-disruptive-allowed-action=REFRESH",
         )
 
-    def close(self) -> None:
-        if self._session is not None:
-            self._session.close()
-
     @property
     def _here(self) -> Instance:
         assert self._instance is not None, "attach() comes first"

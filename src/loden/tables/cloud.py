@@ -79,7 +79,7 @@ class Limits(msgspec.Struct, frozen=True):
 class Cloud(Protocol):
     """One host's access to one cloud.
 
-    Every method but :meth:`close` blocks on HTTP, for a bounded time, and one is called at a time.
+    Every method blocks on HTTP, for a bounded time, and one is called at a time.
 
     Raises (each method):
         CloudUnavailable: the call may work later.
@@ -142,8 +142,4 @@ class Cloud(Protocol):
         Raises:
             CloudError: it cannot be changed from here; the hint says how a person does it.
         """
-        ...
-
-    def close(self) -> None:
-        """Let go of connections."""
         ...

@@ -61,33 +61,31 @@ class CloudCalls:
         self._deadline_s = deadline_s
         self._attach_s = attach_s
         self._attached = attached
-        self._is_attached = False
+        self._attached_to: Cloud | None = None
         self._jobs: queue.SimpleQueue[_Job | None] | None = None
         self._turn = asyncio.Lock()
 
     def change(self, cloud: Cloud) -> None:
         """Call this one from now on; it is attached first."""
         self.cloud = cloud
-        self._is_attached = False
 
-    async def call(self, doing: str, act: Callable[[], T]) -> T:
+    async def call(self, doing: str, act: Callable[[Cloud], T]) -> T:
         """What a blocking function returns; the cloud is attached first. Safe to cancel.
 
         Args:
             doing: a verb and an object, for the message.
-            act: calls the cloud.
+            act: calls the cloud that it is given: another one, perhaps, than when this call got in line.
 
         Raises:
             CloudError: the function's own, or it took too long.
         """
         async with self._turn:
-            if not self._is_attached:
-                found = await self._run(
-                    f"read metadata of {self.cloud.name}", self.cloud.attach, self._attach_s
-                )
-                self._is_attached = True
+            cloud = self.cloud  # it may be changed while we wait
+            if self._attached_to is not cloud:
+                found = await self._run(f"read metadata of {cloud.name}", cloud.attach, self._attach_s)
+                self._attached_to = cloud
                 self._attached(found)
-            return await self._run(doing, act, self._deadline_s)
+            return await self._run(doing, lambda: act(cloud), self._deadline_s)
 
     async def _run(self, doing: str, act: Callable[[], T], most_s: float) -> T:
         loop = asyncio.get_running_loop()

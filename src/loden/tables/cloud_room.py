@@ -50,7 +50,7 @@ class Room:
         if not self._given and self._clock() - self._read_at >= _LIMIT_AGE_S and self._nearly_full(listing):
             self._read_at = self._clock()
             try:
-                self._read = await self._calls.call("read quota of routes", self._calls.cloud.read_limit)
+                self._read = await self._calls.call("read quota of routes", lambda cloud: cloud.read_limit())
             except CloudError as error:
                 log.info("quota of routes not read: %s", error)
         nearly = frozenset(self._nearly_full(listing))

@@ -167,14 +167,10 @@ class CloudRouteTable:
         del message, wanted  # the kernel's news are not about a cloud
         return None
 
-    @property
-    def _cloud(self) -> Cloud:
-        return self._calls.cloud
-
     async def _list(self, *, max_age_s: float = _FRESH_S) -> Listing:
         if self._listing is None or self._clock() - self._listed_at > max_age_s or not max_age_s:
             self._listing = None
-            self._listing = await self._calls.call("list routes", self._cloud.list_routes)
+            self._listing = await self._calls.call("list routes", lambda cloud: cloud.list_routes())
             self._listed_at = self._clock()
         return self._listing
 
@@ -210,7 +206,7 @@ class CloudRouteTable:
             address = (await self._take_census()).addresses.get(route.dst)
         except LodenError:
             address = None
-        known = await self._calls.call("identify routes", lambda: self._cloud.identify(route, address))
+        known = await self._calls.call("identify routes", lambda cloud: cloud.identify(route, address))
         if known.owner is Owner.UNKNOWN:
             known = msgspec.structs.replace(known, owner=Owner.FOREIGN)
         self._exchange(route, known)
@@ -222,7 +218,7 @@ class CloudRouteTable:
                 await self._add(table, dst)
             case Replace(route):
                 await self._require_ours(route)
-                turned = await self._calls.call("replace route", lambda: self._cloud.replace(route))
+                turned = await self._calls.call("replace route", lambda cloud: cloud.replace(route))
                 log.warning("cloud route replaced %s: it leads to this host now", route)
                 self._exchange(route, turned)
             case Remove(route):
@@ -244,7 +240,7 @@ class CloudRouteTable:
         listing = await self._list()
         self._room.require(listing, table, dst)
         try:
-            made = await self._calls.call("add route", lambda: self._cloud.add(table, dst))
+            made = await self._calls.call("add route", lambda cloud: cloud.add(table, dst))
         except RoutesFull as error:
             raise self._room.full(listing, table, dst, error.code) from error
         log.info("cloud route added %s", made)
@@ -277,7 +273,7 @@ class CloudRouteTable:
             log.warning("cloud route removed %s: no host has had a lease for it for a while", route)
 
     async def _remove(self, route: Listed) -> None:
-        await self._calls.call("remove route", lambda: self._cloud.remove(route))
+        await self._calls.call("remove route", lambda cloud: cloud.remove(route))
         log.info("cloud route gone %s", route)
         self._exchange(route, None)
 
@@ -362,7 +358,7 @@ class CloudSettingTable:
         return CloudSetting
 
     async def read(self, wanted: Mapping[Hashable, CloudSetting]) -> dict[Hashable, CloudSetting]:
-        values = await self._calls.call("read settings of this instance", self._calls.cloud.read_settings)
+        values = await self._calls.call("read settings of this instance", lambda cloud: cloud.read_settings())
         return {
             slot: entry if values[entry.name] == entry.value else CloudSetting(entry.name, values[entry.name])
             for slot, entry in wanted.items()
@@ -373,7 +369,7 @@ class CloudSettingTable:
         failures: Failures = {}
         for entry in entries:
             try:
-                await self._calls.call(f"change {entry}", _change(self._calls, entry))
+                await self._calls.call(f"change {entry}", _change(entry))
             except CloudError as error:
                 failures[entry.slot] = error
         return failures
@@ -387,5 +383,5 @@ class CloudSettingTable:
         return None
 
 
-def _change(calls: CloudCalls, entry: CloudSetting) -> Callable[[], None]:
-    return lambda: calls.cloud.change_setting(entry.name, entry.value)
+def _change(entry: CloudSetting) -> Callable[[Cloud], None]:
+    return lambda cloud: cloud.change_setting(entry.name, entry.value)
