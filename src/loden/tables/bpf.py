@@ -5,9 +5,9 @@ libbpf is there wherever iproute2 is. It is called through ctypes, so that a hos
 
 ::
 
-    struct bpf_object_open_opts { size_t sz; char *object_name; bool relaxed_maps; char *pin_root_path; u32
-    :32;
-                                  char *kconfig; char *btf_custom_path; char *kernel_log_buf;
+    struct bpf_object_open_opts { size_t sz; char *object_name; bool relaxed_maps;
+                                  char *pin_root_path; u32 :32; char *kconfig;
+                                  char *btf_custom_path; char *kernel_log_buf;
                                   size_t kernel_log_size; u32 kernel_log_level; };
     struct bpf_prog_info        { u32 type, id; ... };
 """

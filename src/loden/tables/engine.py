@@ -87,9 +87,9 @@ class Engine:
         tun: descriptors of the queues of one device, opened with ``IFF_TUN | IFF_NO_PI | IFF_VNET_HDR``; they
             are duplicated and become non-blocking. Set what they offload before.
         udp: descriptors of bound UDP sockets, in which ``IP_MTU_DISCOVER`` is ``DO``; the same happens to
-        them. source4: this host's tunnel address, where ICMP errors come from; without it there are none.
-        The kernel
-            accepts them only where the device's ``accept_local`` is 1.
+            them.
+        source4: this host's tunnel address, where ICMP errors come from; without it there are none. The
+            kernel accepts them only where the device's ``accept_local`` is 1.
         source6: the same of IPv6.
         allow_unknown: accept packets from everywhere, as flannel does.
 

@@ -5,8 +5,8 @@
 
     P/config             the network, as flannel reads it
     P/loden/claims/…     see loden.stores.etcd.claims
-    P/loden/holders/KEY  who holds the lease KEY and who contends for it, which flannel's value has no room
-    for P/subnets/KEY        the lease, as flannel reads and writes it (COMPAT §2.1 to §2.3)
+    P/loden/holders/KEY  who holds the lease KEY and contends for it: flannel's value has no room for that
+    P/subnets/KEY        the lease, as flannel reads and writes it (COMPAT §2.1 to §2.3)
 
 A holder is written with its lease, in one transaction, and goes with the same etcd lease. It counts only
 where both were written at one revision: a flannel node that writes a lease of its own leaves the holder's key
