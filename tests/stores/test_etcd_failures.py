@@ -13,8 +13,10 @@ import pytest
 
 from loden.errors import Conflict, StoreError, StoreUnavailable
 from loden.stores import open_store
+from loden.stores.access import Access
 from loden.stores.base import Changes, Snapshot, Store
 from loden.stores.etcd.messages import Grant
+from loden.stores.etcd.place import parse_location
 from loden.stores.etcd.store import EtcdStore
 from tests.contract.store import holder, ipv4_range, lease, missed, run, untimed
 from tests.stores.etcd_cluster import Cluster, needs_etcd
@@ -99,6 +101,26 @@ async def caught_up(follower: Follower, store: Store) -> None:
     """Return when the follower knows what the store holds."""
     wanted = untimed((await store.snapshot()).records)
     await wait_for("it knows everything", lambda: untimed(follower.known) == wanted)
+
+
+def test_end_that_cannot_be_asked_for_is_one_error(etcd: Cluster) -> None:
+    """And not one for each of those who ask at once."""
+
+    class Forgetful(EtcdStore):
+        async def _time_to_live(self, number: int, *, keys: bool = False) -> Grant:
+            raise StoreUnavailable("ask etcd: it is gone")
+
+    async def work() -> None:
+        url = etcd.url("/ends")
+        async with opened(url) as (one,):
+            for number in (1, 2):
+                await one.create(lease(f"10.5.{number}.0/24"), holder=holder(str(number)))
+            other = Forgetful(parse_location(url.partition("://")[2]), access=Access(), ttl_s=500)
+            with pytest.raises(StoreUnavailable, match="it is gone"):
+                await other.with_ends(await other.snapshot())
+            await other.close()
+
+    run(work)
 
 
 def test_member_killed_and_started_again(alone: Cluster) -> None:

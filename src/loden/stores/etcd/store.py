@@ -162,16 +162,23 @@ class EtcdStore:
             and one.lease
         }
         ends: dict[str, float] = {}
+        failures: list[StoreError] = []
         waiting = iter(unknown.items())
 
         async def ask() -> None:
             for name, number in waiting:
-                left = await self._time_to_live(number)
+                try:
+                    left = await self._time_to_live(number)
+                except StoreError as error:
+                    failures.append(error)
+                    return
                 ends[name] = self._clock.since_boot_s() + left.ttl_s
 
         async with asyncio.TaskGroup() as tasks:
             for _ in range(_AT_ONCE):
                 tasks.create_task(ask(), name="ends")
+        if failures:
+            raise failures[0]
         records = {
             name: msgspec.structs.replace(record, expires=ends[name]) if name in ends else record
             for name, record in snapshot.records.items()
