@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tunnels and peers in the kernel: who else is there, what goes missing, and what comes after an agent."""
 
+import errno
 import json
 import os
 import socket
@@ -13,7 +14,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from loden.address import format_address
+from loden.address import Family, format_address
+from loden.errors import KernelError
 from loden.tables import tc
 from loden.tables.tun import open_queue
 from loden.tables.udp_bpf import FastPath
@@ -162,6 +164,29 @@ class TestDrift:
         assert list(path._object.maps["remotes"].items()) == []
         run(kernel.reconciler.look())
         assert len(list(path._object.maps["remotes"].items())) == 1
+
+    def test_peer_that_the_map_has_no_room_for_leaves_no_sender(self, kernel: UdpKernel) -> None:
+        require_bpf()
+        run(kernel.stand(*EBPF.own()))
+        path = fast_path(kernel, EBPF.device)
+        name = "peers4" if EBPF.names.family is Family.IPV4 else "peers6"
+        maps: dict[str, Any] = path._object.maps
+        maps[name] = Full()
+        for _ in range(2):
+            with pytest.raises(KernelError, match="write to eBPF map"):
+                path.put(EBPF.peer(10), 1)
+        assert list(maps["remotes"].items()) == []
+
+
+class Full:
+    """A map that takes nothing in."""
+
+    def get(self, key: bytes) -> None:
+        del key
+
+    def put(self, key: bytes, value: bytes) -> None:
+        del key, value
+        raise KernelError("write to", "eBPF map", errno.E2BIG)
 
 
 def change_theirs(verb: str, where: str) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from loden.address import Family, Prefix
+from loden.errors import KernelError
 from loden.tables import tc
 from loden.tables.bpf import Map, Object, Program
 from loden.tables.entries import UdpPeer
@@ -137,7 +138,12 @@ class FastPath:
         value = _PEER[family].pack(
             peer.remote, port, peer.mtu, index, peer.subnet.length, peer.is_near, *counted
         )
-        self._peers(family).put(_key(peer.subnet), value)
+        try:
+            self._peers(family).put(_key(peer.subnet), value)
+        except KernelError:
+            if is_moved:  # or each try would count one more
+                self._count_remote(peer.remote, peer.port, -1)
+            raise
         if is_moved and before is not None:
             self._count_remote(before.remote, before.port, -1)
 
