@@ -97,6 +97,9 @@ async def _send_one(requests: Netlink, family: Family) -> None:
             if refused:
                 raise refused.error("attach", f"eBPF program {name}")
         _require_passage(family, source, target)
+        # What is in the maps is read with each look, in batches: of a trie no kernel before 5.13 gives those.
+        if not any(sender.peers()):
+            raise _failure("the maps do not hold what was put into them")
 
 
 async def _wire(requests: Netlink) -> Devices:
