@@ -231,11 +231,15 @@ class Agent:
                 "is_lease_held": self._keeper.is_held,
                 "peers": str(self._peers),
                 "entries": self._reconciler.statistics,
-                "failing": self._reconciler.problems,
+                "failing": self._problems(),
                 "firewall": self._firewall.statistics,
                 "tables": self._reconciler.reports(),
             }
         )
+
+    def _problems(self) -> dict[str, str]:
+        clouds = {} if self._cloud is None else self._cloud.problems
+        return {**self._reconciler.problems, **clouds}
 
     async def run(self) -> None:
         """Make the lease stand, reach the peers, and keep everything as it should be, for ever."""
@@ -381,6 +385,8 @@ class Agent:
     def _use_network(self, network: Network) -> None:
         """Live by a configuration that differs from ours in what may differ."""
         self._plan = self._plan.with_network(network)
+        if self._cloud is not None:
+            self._cloud.use_network(network)
         if not self._keeper.has_let_go:
             self._want_rules(self._keeper.record)
 
@@ -457,6 +463,7 @@ class Agent:
         before = self._plan
         network = before.host.network
         plan = await make_plan(self._options.selection, network, self._questions, current=before)
+        plan = plan.with_network(self._plan.host.network)  # which may have changed while the host was read
         self._say_troubles(plan)
         changes = before.host.underlay.differences(plan.host.underlay)
         if not changes and plan.troubles.keys() == before.troubles.keys():

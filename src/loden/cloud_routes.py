@@ -6,7 +6,7 @@ what is wanted, put, dropped and repaired works as for the kernel's tables.
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from loden.address import Prefix
 from loden.backends.base import Backend
@@ -82,6 +82,11 @@ class CloudRoutes:
         """What does not stand, and why; empty where nothing is known to be wrong."""
         return next((str(error) for error in self._reconciler.failures(_OWN)), "")
 
+    @property
+    def problems(self) -> Mapping[str, str]:
+        """What cannot be put or removed now, routes of hosts that are gone among it, each with the reason."""
+        return self._reconciler.problems
+
     def stand(self, record: Record, entries: Iterable[Entry]) -> None:
         """Want what the own lease asks for, in place of what was wanted before. Does not block.
 
@@ -104,6 +109,10 @@ class CloudRoutes:
         assert isinstance(backend, CloudBackend)
         self._calls.change(backend.open())
         self._reconciler.look_soon()
+
+    def use_network(self, network: Network) -> None:
+        """Hosts get their subnets from these ranges from now on. Does not block."""
+        self._routes.use(network.ranges)
 
     def take(self, news: Changes | Snapshot) -> None:
         """Remember which subnet was whose, also after its lease ended. Does not block."""

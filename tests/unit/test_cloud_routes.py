@@ -101,11 +101,26 @@ def test_waits_as_long_as_something_fails_and_says_what(account: Account, store:
             waiting = group.create_task(routes.wait_standing())
             await routes._reconciler.wait_pass()
             assert routes.problem == "change check: not allowed"
+            assert list(routes.problems.values()) == [routes.problem]
             assert not waiting.done()
             account.errors.clear()
             await waiting
             running.cancel()
         assert routes.problem == ""
+
+    run(work())
+
+
+def test_range_that_changes_is_looked_after(account: Account, store: MemoryStore) -> None:
+    """Of a host that is gone; this one was started before the range reached so far."""
+
+    async def work() -> None:
+        routes, _ = await joined(store)
+        account.routes[Prefix.parse("10.5.77.0/24")] = "gone"
+        routes.use_network(parse_network(b'{"Network": "10.5.0.0/16", "SubnetMax": "10.5.9.0"}'))
+        assert not [line for line in await routes.preview() if "10.5.77.0/24" in line]
+        routes.use_network(NETWORK)
+        assert [line for line in await routes.preview() if "remove 10.5.77.0/24" in line]
 
     run(work())
 

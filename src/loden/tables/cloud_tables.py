@@ -104,6 +104,10 @@ class CloudRouteTable:
     def entry_type(self) -> type[CloudRoute]:
         return CloudRoute
 
+    def use(self, ranges: Sequence[Range]) -> None:
+        """Look after routes to subnets of these ranges from now on."""
+        self._ranges = tuple(ranges)
+
     async def read(self, wanted: Mapping[Hashable, CloudRoute]) -> dict[Hashable, CloudRoute]:
         listing = await self._list(max_age_s=0.0)
         await self._room.judge(listing)
