@@ -17,17 +17,17 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, aclosing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from loden.address import Prefix
-from loden.backends import open_tables
 from loden.backends.base import Kernel
 from loden.errors import LodenError, StoreError
 from loden.firewall.keeper import Firewall
 from loden.firewall.rules import make_rules
 from loden.keeper import Keeper
+from loden.kernel import GROUPS, follow_kernel, kernel_tables
 from loden.lock import one_agent
 from loden.memory import return_large_blocks
 from loden.network import Network
@@ -43,32 +43,16 @@ from loden.stores import open_store
 from loden.stores.acquire import Acquired, Claim, acquire_seen
 from loden.stores.base import Changes, Record, Snapshot, Store
 from loden.subnet_file import read_previous, render, write_atomic
-from loden.tables import netlink
-from loden.tables.addresses import AddressTable
-from loden.tables.base import Table
-from loden.tables.blackholes import BlackholeTable
 from loden.tables.devices import Devices
 from loden.tables.entries import Blackhole, Entry, TunLink, VxlanLink, is_clouds
-from loden.tables.neighbours import FdbTable, NeighbourTable
 from loden.tables.netlink import Monitor, Netlink
-from loden.tables.routes import RouteTable
-from loden.tables.sysctls import SysctlTable, forwarding, report_unset
+from loden.tables.sysctls import forwarding, report_unset
 
 if TYPE_CHECKING:
     from loden.cloud_routes import CloudRoutes
 
 log = logging.getLogger(__name__)
 
-# RTNLGRP_LINK, _NEIGH, _TC, _IPV4_IFADDR, _IPV4_ROUTE, _IPV6_IFADDR, _IPV6_ROUTE, _IPV4_NETCONF,
-# _IPV6_NETCONF, _NEXTHOP
-_GROUPS = (1, 3, 4, 5, 7, 9, 11, 24, 25, 32)
-_HOST_KINDS = frozenset(
-    (
-        *(netlink.RTM_NEWLINK, netlink.RTM_DELLINK),
-        *(netlink.RTM_NEWADDR, netlink.RTM_DELADDR),
-        *(netlink.RTM_NEWROUTE, netlink.RTM_DELROUTE),
-    )
-)
 _HOST_DEBOUNCE_S = 0.2
 #: What a person mends is tried again so often.
 _PATIENCE_S = 5.0
@@ -182,7 +166,7 @@ class Agent:
         # A socket for each task that asks: answers may not mix.
         lookups, requests = Netlink(), Netlink()
         self._questions = Netlink()
-        self._monitor = Monitor(_GROUPS, ignore_port=requests.port)
+        self._monitor = Monitor(GROUPS, ignore_port=requests.port)
         self._firewall = Firewall(
             enable_nftables=plan.host.network.enable_nftables, resync_s=options.firewall.resync_s
         )
@@ -279,7 +263,9 @@ class Agent:
             group.create_task(self._keeper.guard(self._let_go), name="own lease's end")
             group.create_task(self._follow_leases(), name="leases")
             group.create_task(follow_network(self._store, network, self._use_network), name="network")
-            group.create_task(self._follow_kernel(), name="kernel")
+            group.create_task(
+                follow_kernel(self._monitor, self._reconciler, self._host_changed), name="kernel"
+            )
             group.create_task(self._reconcile(), name="reconcile")
             group.create_task(self._follow_host(), name="host")
             if self._cloud is not None:
@@ -417,30 +403,6 @@ class Agent:
         await self._knows_leases.wait()
         await self._reconciler.run()
 
-    async def _follow_kernel(self) -> None:
-        """Hear what others change in the kernel."""
-        loop = asyncio.get_running_loop()
-        has_come = asyncio.Event()
-        loop.add_reader(self._monitor.fileno(), has_come.set)
-        try:
-            while True:
-                await has_come.wait()
-                has_come.clear()
-                self._hear()
-        finally:
-            loop.remove_reader(self._monitor.fileno())
-
-    def _hear(self) -> None:
-        messages = self._monitor.receive()
-        if messages is None:  # the kernel had more to say than we could take
-            self._reconciler.look_soon()
-            self._host_changed.set()
-            return
-        for message in messages:
-            self._reconciler.hear(message)
-            if message.kind in _HOST_KINDS:
-                self._host_changed.set()
-
     async def _follow_host(self) -> None:
         """Plan anew, and ask anew for the way to every peer, when links, addresses or routes changed."""
         trouble = Trouble(log, "following the host")
@@ -497,24 +459,3 @@ class Agent:
         let_go = " let go" if self._keeper.has_let_go else ""
         problem = f"; {self._cloud.problem}" if self._cloud is not None and self._cloud.problem else ""
         return f"{self._keeper.record.lease}{let_go}, {self._peers}, {failing} failing{problem}"
-
-
-def kernel_tables(backend_type: str, networks: Sequence[Prefix], kernel: Kernel) -> list[Table[Any]]:
-    """The host's tables, in the order in which entries depend on each other.
-
-    Args:
-        backend_type: whose own tables are among them.
-        networks: addresses in these, on devices of ours, are the fabric's.
-        kernel: what the tables work with.
-    """
-    requests, devices = kernel.requests, kernel.devices
-    return [
-        devices,
-        *open_tables(backend_type, kernel),
-        SysctlTable(),
-        AddressTable(requests, devices, networks),
-        NeighbourTable(requests, devices),
-        FdbTable(requests, devices),
-        RouteTable(requests, devices),
-        BlackholeTable(requests),
-    ]

@@ -11,11 +11,11 @@ import logging
 from contextlib import AsyncExitStack
 
 from loden.address import Family
-from loden.agent import kernel_tables
 from loden.backends.base import Kernel
 from loden.errors import LodenError
 from loden.firewall.keeper import Firewall
 from loden.firewall.rules import Purpose, RuleSet
+from loden.kernel import kernel_tables
 from loden.lock import one_agent
 from loden.reconcile import Reconciler
 from loden.tables.devices import Devices

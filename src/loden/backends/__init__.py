@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backends, by the name that ``Backend.Type`` gives.
 
-A backend is imported when it is chosen, and no other. Third parties register theirs in the entry-point group
-``loden.backends``: the entry's name is the type, its object the class.
+A backend is imported when it is chosen, and no other but those that leave in the kernel what only they find.
+Third parties register theirs in the entry-point group ``loden.backends``: the entry's name is the type, its
+object the class.
 """
 
 from importlib import import_module

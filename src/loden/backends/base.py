@@ -23,7 +23,7 @@ class Host(msgspec.Struct, frozen=True):
     Args:
         network: the cluster's configuration.
         underlay: the chosen interface and addresses.
-        facts: what the host has, read once at the start.
+        facts: what the host had when it was planned for.
         lacks: what the backend has to do without, as :meth:`Backend.lacks` found out.
     """
 
