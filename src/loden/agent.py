@@ -327,8 +327,10 @@ class Agent:
             await self._own_changed.wait()
             self._own_changed.clear()
             await until_done(Trouble(log, "setting up this host"), self._settle_own, most_s=_PATIENCE_S)
+            if self._keeper.has_let_go:  # it stands because nothing is wanted; _stand() says when that ends
+                continue
             await until_done(Trouble(log, "writing the subnet file"), self._write_file, most_s=_PATIENCE_S)
-            if not self._own_changed.is_set():
+            if not self._own_changed.is_set() and not self._keeper.has_let_go:
                 self._is_published = True
                 notify(READY=1, STATUS=self._status())
 
