@@ -2,7 +2,6 @@
 """Where an etcd is: what URLs and flannel's flags say, parsed; pure."""
 
 import re
-from collections.abc import Sequence
 
 import msgspec
 
@@ -109,8 +108,3 @@ def _endpoint(text: str, whole: str, *, key: str = "store") -> Endpoint:
             key, f"{shown} is no host and port", hint="for example 192.0.2.7:2379, [2001:db8::7]:2379"
         )
     return Endpoint(match[1] or match[2], port)
-
-
-def endpoints_of(places: Sequence[Endpoint]) -> str:
-    """Endpoints as a person writes them."""
-    return ", ".join(map(str, places))
