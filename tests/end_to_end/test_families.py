@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dual stack and IPv6 alone, in labs with the real agent (issue 3)."""
+"""Dual stack and IPv6 alone, in labs with the real agent."""
 
 import asyncio
 import errno
@@ -72,7 +72,7 @@ def _until(is_so: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("family", [Stack.DUAL, Stack.IPV6])
-@pytest.mark.parametrize("backend", ["vxlan", "host-gw"])
+@pytest.mark.parametrize("backend", ["vxlan", "host-gw", "udp"])
 def test_every_pair_is_reached_in_every_family(family: Stack, backend: str) -> None:
     with running(_spec(family, backend, hosts=3)) as lab:
         report = lab.check()
@@ -88,8 +88,9 @@ def test_every_pair_is_reached_in_every_family(family: Stack, backend: str) -> N
 
 
 @pytest.mark.parametrize("family", [Stack.DUAL, Stack.IPV6])
-def test_hosts_behind_routers_reach_each_other(family: Stack) -> None:
-    with running(msgspec.structs.replace(_spec(family, hosts=3), topology=Topology.ROUTED)) as lab:
+@pytest.mark.parametrize("backend", ["vxlan", "udp"])
+def test_hosts_behind_routers_reach_each_other(family: Stack, backend: str) -> None:
+    with running(msgspec.structs.replace(_spec(family, backend, hosts=3), topology=Topology.ROUTED)) as lab:
         assert lab.check().reachable
 
 
@@ -150,6 +151,9 @@ def test_throughput_is_measured_in_the_family_of_the_underlay() -> None:
         ("vxlan", Stack.IPV4, 1450),
         ("host-gw", Stack.DUAL, 1500),
         ("host-gw", Stack.IPV6, 1500),
+        ("udp", Stack.DUAL, 1452),
+        ("udp", Stack.IPV6, 1452),
+        ("udp", Stack.IPV4, 1472),
         ("alloc", Stack.DUAL, 1500),
         ("alloc", Stack.IPV6, 1500),
     ],
@@ -296,6 +300,9 @@ def _fragments(host: Host) -> int:
         (Stack.DUAL, "vxlan", 1430),
         (Stack.IPV6, "vxlan", 1430),
         (Stack.DUAL, "host-gw", 1500),
+        (Stack.IPV4, "udp", 1472),
+        (Stack.DUAL, "udp", 1452),
+        (Stack.IPV6, "udp", 1452),
     ],
 )
 def test_full_packets_pass_whole_and_one_byte_more_is_refused(family: Stack, backend: str, mtu: int) -> None:
@@ -385,6 +392,26 @@ def test_family_that_loses_its_address_does_not_hold_the_other_back() -> None:
         _ip(h1, "address", "add", "2001:db8::77/64", "dev", "eth0", "nodad")
         _until(lambda: " dst 2001:db8::77 " in _fdb(h2, _IPV6))
         assert lab.check().reachable
+
+
+@pytest.mark.parametrize("family", [_IPV4, _IPV6], ids=str)
+def test_udp_peer_whose_address_of_one_family_changes_is_followed(family: Family) -> None:
+    """W4, with real agents at both ends: neither knows of the change but by the lease."""
+    moved = {_IPV4: "198.18.0.77", _IPV6: "2001:db8::77"}[family]
+    length = {_IPV4: 24, _IPV6: 64}[family]
+    with running(_spec(backend="udp")) as lab:
+        h2 = lab.plan.hosts[1]
+        leases = _snapshot(lab).records.keys()
+        _ip(h2, "address", "delete", f"{format_address(h2.addresses[family])}/{length}", "dev", "eth0")
+        _ip(h2, "address", "add", f"{moved}/{length}", "dev", "eth0", "nodad")
+
+        def is_published() -> bool:
+            legs = [record.lease.leg(family) for record in _snapshot(lab).records.values()]
+            return parse_address(moved) in {leg.public for leg in legs if leg is not None}
+
+        _until(is_published)
+        assert lab.check().reachable
+        assert _snapshot(lab).records.keys() == leases
 
 
 # What becomes of a peer's lease
