@@ -4,6 +4,7 @@ to them."""
 
 import hashlib
 import json
+import os
 import random
 import socket
 import struct
@@ -17,8 +18,10 @@ from pathlib import Path
 import pytest
 
 from loden.address import Family, Prefix, format_address, parse_address
+from loden.backends.udp import DEVICES
 from loden.lab import namespaces, probe
-from loden.lab.topology import Topology
+from loden.lab.lab import running
+from loden.lab.topology import Spec, Stack, Topology
 from loden.tables.udp_probe import inner_packet
 from tests.end_to_end.conftest import MakeHosts
 from tests.end_to_end.hosts import Agent, Host, Hosts, Pinger, wait_until
@@ -59,11 +62,12 @@ def counter(host: Host, name: str) -> int:
 
 def require_bytes_arrive(source: probe.End, target: probe.End, count: int = 3_000_000) -> None:
     """TCP carries so many bytes, and the same ones arrive."""
+    family = Family.of(target.address)
     address = format_address(target.address)
     data = random.Random(count).randbytes(count)
     with ExitStack() as stack:
         listener = stack.enter_context(
-            namespaces.inside(target.namespace, lambda: socket.create_server((address, 4001)))
+            namespaces.inside(target.namespace, lambda: socket.create_server((address, 4001), family=family))
         )
         sender = stack.enter_context(
             namespaces.inside(source.namespace, lambda: socket.create_connection((address, 4001), timeout=10))
@@ -86,10 +90,11 @@ def require_bytes_arrive(source: probe.End, target: probe.End, count: int = 3_00
 
 def require_datagrams_arrive(source: probe.End, target: probe.End) -> None:
     """Datagrams arrive whole: those that IP has to cut, and those that are sent in rows, as one."""
+    family = Family.of(target.address)
     with ExitStack() as stack:
         near, far = (
             stack.enter_context(
-                namespaces.inside(end.namespace, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+                namespaces.inside(end.namespace, lambda: socket.socket(family, socket.SOCK_DGRAM))
             )
             for end in (source, target)
         )
@@ -139,6 +144,24 @@ def test_carries_everything_and_says_how(make_hosts: MakeHosts, acceleration: st
     assert bool(found["reason"]) is (acceleration == "engine")
     (traffic,) = found["peers"].values()  # type: ignore[attr-defined]
     assert min(traffic.values()) > 0
+
+
+@pytest.mark.parametrize("stack", [Stack.DUAL, Stack.IPV6])
+@pytest.mark.parametrize("acceleration", BOTH)
+def test_every_family_carries_everything(
+    stack: Stack, acceleration: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LODEN_LAB_DIR", str(tmp_path))
+    asked = json.dumps({"Acceleration": acceleration})
+    spec = Spec(name=f"u{os.getpid()}", hosts=2, family=stack, backend="udp", backend_config=asked)
+    with running(spec) as lab:
+        assert lab.check().reachable
+        for family in stack.families:
+            require_all_kinds([lab._containers(host, family)[0] for host in lab.plan.hosts])
+        for host in lab.plan.hosts:
+            for family in stack.families:
+                said = f"udp acceleration={acceleration} device={DEVICES[family]} "
+                assert len([line for line in lab.state.log_lines(host.name) if said in f"{line} "]) == 1
 
 
 @contextmanager
