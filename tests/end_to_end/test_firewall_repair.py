@@ -9,7 +9,8 @@ rule asks for it, and translates addresses only while there is any nat chain. A 
 but our rules would, once they are gone, get the answers to containers itself and reset the connections.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
 import pytest
@@ -72,10 +73,13 @@ LISTING = {
 }
 
 
-def _up(make_hosts: MakeHosts, kind: Kind) -> tuple[Host, Host, Host]:
+def _up(
+    make_hosts: MakeHosts, kind: Kind, backend: Mapping[str, str] | None = None
+) -> tuple[Host, Host, Host]:
     """Two hosts with agents and containers, and a third one without."""
     one, other, outside = hosts = make_hosts(count=3)
-    hosts.put_network(NETWORKS[kind])
+    more = {"Backend": backend} if backend else {}
+    hosts.put_network(json.dumps(json.loads(NETWORKS[kind]) | more))
     if kind is not Kind.NFT:
         run(one, kind, *FOREIGN.split())
     run(one, "nft", SITE)
@@ -119,3 +123,20 @@ def test_rules_come_back_under_traffic_and_connections_live_on(make_hosts: MakeH
         for name, way in ways.items():  # a new connection is masqueraded as before
             with way() as ends, Talk(f"anew {name}", *ends) as talk:
                 talk.require_alive("all repairs")
+
+
+@pytest.mark.parametrize("acceleration", ["ebpf", "engine"])
+@pytest.mark.parametrize("kind", list(Kind))
+def test_udp_meets_the_same_rules(make_hosts: MakeHosts, kind: Kind, acceleration: str) -> None:
+    """However its packets are carried, they pass FORWARD, and the outside sees the host."""
+    one, other, outside = _up(make_hosts, kind, {"Type": "udp", "Acceleration": acceleration})
+    one.agents[0].wait_line(f"udp acceleration={acceleration} ")
+    source = one.container()
+    far_host = End("outside", outside.namespace, outside.plan.addresses[Family.IPV4])
+    ways: dict[str, Callable[[], Ends]] = {
+        "to a container": lambda: connection(source, other.container(), format_address(source.address)),
+        "to the outside": lambda: connection(source, far_host, one.address),
+    }
+    for name, way in ways.items():
+        with way() as ends, Talk(name, *ends) as talk:
+            talk.require_alive("its start")
