@@ -536,6 +536,55 @@ class StoreContract:
 
         run(work)
 
+    @pytest.mark.parametrize("families", [(Family.IPV6,), (Family.IPV4, Family.IPV6)], ids=["ipv6", "dual"])
+    def test_hosts_at_once_share_no_half_and_find_their_own_again(
+        self, place: Place, families: tuple[Family, ...]
+    ) -> None:
+        """W6: of IPv6 alone, all have the same IPv4 address, which is none. W7: each family for itself."""
+        count = 20
+        ranges = {
+            Family.IPV4: ipv4_range(count),
+            Family.IPV6: Range(
+                network=Prefix.parse("fc00::/48"),
+                subnet_length=64,
+                first=Prefix.parse("fc00:0:0:1::/64"),
+                last=Prefix.parse(f"fc00:0:0:{count:x}::/64"),
+            ),
+        }
+
+        def wanted(number: int) -> Claim:
+            public = {
+                Family.IPV4: parse_address(f"192.0.2.{number}"),
+                Family.IPV6: parse_address(f"fd00::{number}"),
+            }
+            return Claim(
+                ranges=tuple(ranges[family] for family in families),
+                public={family: public[family] for family in families},
+                previous=(),
+                holder=holder(str(number)),
+                make=lambda subnets: Lease.make(
+                    {f: Leg(it, public[f]) for f, it in subnets.items()}, "vxlan"
+                ),
+            )
+
+        async def work() -> None:
+            async with handles(place, 4) as stores:
+
+                async def take_all() -> list[Record]:
+                    claims = [wanted(number + 1) for number in range(count)]
+                    return await asyncio.gather(
+                        *(acquire(stores[i % 4], it, rng=Random(i)) for i, it in enumerate(claims))
+                    )
+
+                records = await take_all()
+                for family in families:
+                    legs = [record.lease.leg(family) for record in records]
+                    assert len({leg.subnet for leg in legs if leg is not None}) == count
+                assert [record.key for record in await take_all()] == [record.key for record in records]
+                assert len((await stores[0].snapshot()).records) == count
+
+        run(work)
+
     def test_reservation_is_used_by_its_host_and_stays(self, place: Place) -> None:
         async def work() -> None:
             async with handles(place) as (store,):

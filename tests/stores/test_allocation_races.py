@@ -3,7 +3,7 @@
 
 import asyncio
 import itertools
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine
 from contextlib import suppress
 from itertools import combinations
 from random import Random
@@ -29,24 +29,27 @@ _numbers = itertools.count()
 LENGTHS = st.sampled_from([24, 25, 26])
 
 
-def ranges(length: int, *, ipv6: bool) -> tuple[Range, ...]:
+#: Which families a host takes part with: clusters change from one to the other.
+FAMILIES = st.sampled_from([(Family.IPV4,), (Family.IPV4, Family.IPV6), (Family.IPV6,)])
+
+
+def ranges(length: int, families: Collection[Family]) -> tuple[Range, ...]:
     """Sixteen /24 at most, so that hosts meet."""
     network = Prefix.parse("10.5.0.0/16")
     first = Prefix.of(parse_address("10.5.16.0"), length)
     last = Prefix.from_int(Family.IPV4, Prefix.parse("10.5.31.0/24").last, length)
-    found = [Range(network, length, first, last)]
-    if ipv6:
-        base = Prefix.parse("fc00::/48")
-        found.append(Range(base, 64, Prefix.parse("fc00:0:0:1::/64"), Prefix.parse("fc00:0:0:14::/64")))
-    return tuple(found)
+    ipv6 = Range(
+        Prefix.parse("fc00::/48"), 64, Prefix.parse("fc00:0:0:1::/64"), Prefix.parse("fc00:0:0:14::/64")
+    )
+    found = {Family.IPV4: Range(network, length, first, last), Family.IPV6: ipv6}
+    return tuple(found[family] for family in families)
 
 
-def claim(number: int, length: int, *, ipv6: bool) -> Claim:
-    addresses = {Family.IPV4: parse_address(f"192.0.2.{number}")}
-    if ipv6:
-        addresses[Family.IPV6] = parse_address(f"fd00::{number}")
+def claim(number: int, length: int, families: Collection[Family]) -> Claim:
+    own = {Family.IPV4: parse_address(f"192.0.2.{number}"), Family.IPV6: parse_address(f"fd00::{number}")}
+    addresses = {family: own[family] for family in families}
     return Claim(
-        ranges=ranges(length, ipv6=ipv6),
+        ranges=ranges(length, families),
         public=addresses,
         previous=(),
         holder=Holder(f"boot/{number}", f"host{number}"),
@@ -76,8 +79,7 @@ async def take(store: Store, wanted: Claim, *, then_release: bool) -> Record | N
 
 @needs_etcd
 @given(
-    lengths=st.lists(LENGTHS, min_size=2, max_size=12),
-    dual=st.booleans(),
+    hosts=st.lists(st.tuples(LENGTHS, FAMILIES), min_size=2, max_size=12),
     released=st.sets(st.integers(0, 11)),
     flannels=st.sets(st.integers(0, 15), max_size=6),
     seed=st.integers(0, 1 << 16),
@@ -86,8 +88,7 @@ async def take(store: Store, wanted: Claim, *, then_release: bool) -> Record | N
 def test_leases_never_overlap_whoever_writes(
     etcd: Cluster,
     *,
-    lengths: list[int],
-    dual: bool,
+    hosts: list[tuple[int, tuple[Family, ...]]],
     released: set[int],
     flannels: set[int],
     seed: int,
@@ -97,8 +98,8 @@ def test_leases_never_overlap_whoever_writes(
         stores = [open_store(etcd.url(prefix)) for _ in range(4)]
         assert isinstance(stores[0], EtcdStore)
         writes: list[Coroutine[None, None, Record | str | None]] = [
-            take(stores[number % 4], claim(number + 1, length, ipv6=dual), then_release=number in released)
-            for number, length in enumerate(lengths)
+            take(stores[number % 4], claim(number + 1, length, families), then_release=number in released)
+            for number, (length, families) in enumerate(hosts)
         ]
         writes += [flannel_takes(stores[0], number) for number in flannels]
         Random(seed).shuffle(writes)
@@ -118,7 +119,7 @@ def test_leases_never_overlap_whoever_writes(
         for one, other in combinations(ours, 2):
             for leg in one.lease.legs:
                 assert not any(leg.subnet.overlaps(it.subnet) for it in other.lease.legs), (one, other)
-        wide = {range_.family: range_ for range_ in ranges(24, ipv6=True)}
+        wide = {range_.family: range_ for range_ in ranges(24, tuple(Family))}
         for leg in (leg for record in taken for leg in record.lease.legs):
             range_ = wide[leg.subnet.family]
             assert range_.first.first <= leg.subnet.first <= leg.subnet.last <= range_.last.last
@@ -127,19 +128,21 @@ def test_leases_never_overlap_whoever_writes(
 
 
 @given(
-    lengths=st.lists(LENGTHS, min_size=2, max_size=20),
+    hosts=st.lists(st.tuples(LENGTHS, FAMILIES), min_size=2, max_size=20),
     released=st.sets(st.integers(0, 19)),
     seed=st.integers(0, 1 << 16),
 )
 @settings(max_examples=50, deadline=None)
-def test_leases_never_overlap_in_memory(*, lengths: list[int], released: set[int], seed: int) -> None:
+def test_leases_never_overlap_in_memory(
+    *, hosts: list[tuple[int, tuple[Family, ...]]], released: set[int], seed: int
+) -> None:
     """The same, many more times, on the store whose steps are easiest to follow."""
 
     async def work() -> None:
         store = open_store(f"memory://races{next(_numbers)}")
         writes = [
-            take(store, claim(number + 1, length, ipv6=False), then_release=number in released)
-            for number, length in enumerate(lengths)
+            take(store, claim(number + 1, length, families), then_release=number in released)
+            for number, (length, families) in enumerate(hosts)
         ]
         Random(seed).shuffle(writes)
         done = await asyncio.gather(*writes)
