@@ -201,8 +201,21 @@ _USUAL = re.compile(
 )
 
 
+# No backend's data has so many. How deep a reader gets depends on who calls it: what passes here may end the
+# process elsewhere.
+_MOST_BRACKETS = 100
+
+
 def _decode_value(value: bytes) -> _Value:
-    """The usual spelling is read at once; any other, with names in any case, by a second look."""
+    """The usual spelling is read at once; any other, with names in any case, by a second look.
+
+    Backend data that gets through can be read by whoever reads it later: it is UTF-8 and not deep, which the
+    decoder does not ask of what it leaves raw.
+    """
+    if not value.isascii():
+        value.decode()
+    if value.count(b"[") + value.count(b"{") > _MOST_BRACKETS:
+        raise ValueError(f"it has more than {_MOST_BRACKETS} lists and objects in it")
     if _USUAL.match(value):
         return _decoder.decode(value)
     members = _members_decoder.decode(value)

@@ -188,6 +188,9 @@ def test_value_of_other_writers_is_read(value: bytes, expected: Lease) -> None:
         b'{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendData":' + b"[" * 100_000,
         b'{"PublicIP":"\\u0000"}',
         b'{"PublicIP":"\\ud800"}',
+        b'{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendData":{"Acceleration":"\xff"}}',
+        b'{"publicip":"192.0.2.1","BackendV6Data":{"\xff":1}}',
+        b'{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendData":{"x":' + b"[" * 150 + b"]" * 150 + b"}}",
         b"\xff",
     ],
 )
