@@ -61,7 +61,10 @@ def folded(members: Members) -> dict[str, tuple[str, Any]]:
 
 def show(value: object) -> str:
     """A JSON value as it stands in the text, cut where it is long, for messages."""
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:  # it was read with fewer callers around
+        return "a value of too many levels"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import sys
 from typing import Annotated, Literal
 
 import msgspec
@@ -6,6 +7,7 @@ import pytest
 
 from loden.backend_options import check_options, decode_options
 from loden.errors import ConfigError
+from loden.members import show
 
 
 class Options(
@@ -66,3 +68,11 @@ def test_all_wrong_options_are_found_and_missing_ones_too() -> None:
 def test_text_that_is_no_object_is_one_error() -> None:
     _, errors, _ = check_options(b"[]", Options)
     assert [error.key for error in errors] == ["Backend"]
+
+
+def test_value_that_is_too_deep_to_be_shown_is_refused_all_the_same() -> None:
+    """What the parser got through with few callers around it may be too much with more."""
+    value: object = 1
+    for _ in range(sys.getrecursionlimit()):
+        value = [value]
+    assert show(value) == "a value of too many levels"
