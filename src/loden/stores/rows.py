@@ -50,7 +50,7 @@ def read_rows(rows: Iterable[Row]) -> tuple[dict[str, Record], dict[str, str]]:
         start = cut
         try:
             around = _read_holder(holder_text), _read_holder(contender_text)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             malformed[key] = f"read lease {key!r}: its holder or contender: {error}"
         else:
             records[key] = Record(key, lease, revision, None if isnan(end) else end, *around)

@@ -168,6 +168,6 @@ class Reading:
             return _NOTHING
         try:
             return _decoder.decode(beside[8:])
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             self._malformed[f"loden/holders/{name}"] = f"read holder of {name!r}: {error}"
             return _NOTHING
