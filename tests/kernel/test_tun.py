@@ -13,7 +13,7 @@ import pytest
 from loden.errors import LodenError
 from loden.tables.base import LOOK
 from loden.tables.entries import TunLink
-from loden.tables.tun import _IFF_NO_PI, _IFF_TUN, _IFREQ, _PATH, _TUNSETIFF, open_queue
+from loden.tables.tun import _IFF_NO_PI, _IFF_TUN, _IFREQ, _PATH, _SETIFF, open_queue, request
 from tests.kernel.kernel import ip, link_json, run
 from tests.kernel.udp_kernel import UdpKernel
 
@@ -92,7 +92,9 @@ def test_device_that_flanneld_holds_is_refused_and_left_alone(kernel: UdpKernel)
     """It opens one without several queues and without virtio headers."""
     held = os.open(_PATH, os.O_RDWR)
     try:
-        fcntl.ioctl(held, _TUNSETIFF, _IFREQ.pack(b"flannel0", _IFF_TUN | _IFF_NO_PI))
+        fcntl.ioctl(
+            held, request(_SETIFF, os.uname().machine), _IFREQ.pack(b"flannel0", _IFF_TUN | _IFF_NO_PI)
+        )
         error = put(kernel)
         assert error is not None
         assert "stop flanneld" in error.hint

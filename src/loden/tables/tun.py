@@ -23,11 +23,13 @@ from loden.tables.entries import TunLink
 from loden.tables.netlink import Message, Netlink
 
 _PATH = "/dev/net/tun"
-_TUNSETIFF, _TUNSETPERSIST, _TUNSETOFFLOAD = 0x4004_54CA, 0x4004_54CB, 0x4004_54D0
+_SETIFF, _SETPERSIST, _SETOFFLOAD = 202, 203, 208
 _IFF_TUN, _IFF_MULTI_QUEUE, _IFF_NO_PI, _IFF_VNET_HDR = 0x1, 0x100, 0x1000, 0x4000
 _FLAGS = _IFF_TUN | _IFF_NO_PI | _IFF_VNET_HDR | _IFF_MULTI_QUEUE
 _TUN_F_CSUM, _TUN_F_TSO4, _TUN_F_TSO6, _TUN_F_USO4, _TUN_F_USO6 = 0x01, 0x02, 0x04, 0x20, 0x40
 _IFREQ = struct.Struct("16sH22x")
+#: Processors whose kernels write down the direction of an ioctl otherwise: as 1 of 3 bits, not 1 of 2.
+_THREE_BITS = ("ppc", "mips", "sparc", "alpha")
 #: The queue in front of the device's reader, packets. A second of it would be worse than a loss.
 _QUEUE_LENGTH = 500
 
@@ -37,6 +39,17 @@ _HINTS = {
     errnos.EBUSY: "another program has it; stop flanneld on this host",
     errnos.EINVAL: "another kind of TUN device has the name: stop flanneld on this host, or delete it",
 }
+
+
+def request(number: int, machine: str) -> int:
+    """An ioctl of TUN devices as a kernel counts it: ``_IOW('T', number, int)``.
+
+    Args:
+        number: of the ioctl, 0 to 255.
+        machine: what ``uname -m`` says.
+    """
+    direction = 4 << 29 if machine.startswith(_THREE_BITS) else 1 << 30
+    return direction | struct.calcsize("i") << 16 | ord("T") << 8 | number
 
 
 def open_queue(name: str) -> int:
@@ -55,24 +68,25 @@ def open_queue(name: str) -> int:
         queue = os.open(_PATH, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise _error("open", _PATH, error) from error
+    machine = os.uname().machine
     try:
-        fcntl.ioctl(queue, _TUNSETIFF, _IFREQ.pack(name.encode(), _FLAGS))
-        fcntl.ioctl(queue, _TUNSETPERSIST, 1)
-        _set_offloads(queue)
+        fcntl.ioctl(queue, request(_SETIFF, machine), _IFREQ.pack(name.encode(), _FLAGS))
+        fcntl.ioctl(queue, request(_SETPERSIST, machine), 1)
+        _set_offloads(queue, request(_SETOFFLOAD, machine))
     except OSError as error:
         os.close(queue)
         raise _error("attach to", f"TUN device {name}", error) from error
     return queue
 
 
-def _set_offloads(queue: int) -> None:
+def _set_offloads(queue: int, code: int) -> None:
     """UDP segmentation where the kernel has it: Linux 6.2, 399e0827642f ("driver/net/tun: Added
     features")."""
     usual = _TUN_F_CSUM | _TUN_F_TSO4 | _TUN_F_TSO6
     try:
-        fcntl.ioctl(queue, _TUNSETOFFLOAD, usual | _TUN_F_USO4 | _TUN_F_USO6)
+        fcntl.ioctl(queue, code, usual | _TUN_F_USO4 | _TUN_F_USO6)
     except OSError:
-        fcntl.ioctl(queue, _TUNSETOFFLOAD, usual)
+        fcntl.ioctl(queue, code, usual)
 
 
 def _error(verb: str, subject: str, error: OSError) -> KernelError:
