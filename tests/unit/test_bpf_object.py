@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 
 from loden.address import Family
-from loden.tables import engine, udp_bpf
+from loden.errors import NotSupported
+from loden.tables import bpf, engine, udp_bpf
 
 OBJECT = Path("src/loden/tables/udp.bpf.o")
 HEADER = Path("native/bpf/maps.h")
@@ -115,6 +117,13 @@ def test_drops_are_counted_under_the_engines_names() -> None:
     """A status page adds both up by reason; what the kernel alone can fail at is the programs' own."""
     drops = udp_bpf.COUNTERS[udp_bpf.COUNTERS.index("from_engine") + 1 :]
     assert set(drops) - set(engine.drop_reasons()) == {"failed"}
+
+
+def test_other_byte_order_is_named() -> None:
+    image = bytearray(OBJECT.read_bytes())
+    image[5] = {"little": 2, "big": 1}[sys.byteorder]
+    with pytest.raises(NotSupported, match=f"and this one is {sys.byteorder}-endian"):
+        bpf.Object(bytes(image), b"")
 
 
 def test_programs_need_no_gpl() -> None:

@@ -17,6 +17,7 @@ import errno as errnos
 import functools
 import os
 import struct
+import sys
 from collections.abc import Iterator
 
 import msgspec
@@ -26,6 +27,9 @@ from loden.errors import KernelError, NotSupported
 _LIBRARY = "libbpf.so.1"
 _LOG_BYTES = 1 << 18
 _BATCH = 1024
+
+#: EI_DATA of <elf.h>: where an object file says which byte order it is for, and how.
+_ORDER_PLACE, _ORDERS = 5, {1: "little", 2: "big"}
 
 _Pointer = ctypes.c_void_p
 
@@ -216,11 +220,12 @@ class Object:
         settings: what its section ``.rodata.settings`` shall hold.
 
     Raises:
-        NotSupported: there is no libbpf.
+        NotSupported: there is no libbpf, or the object is for processors of the other byte order.
         KernelError: the kernel refused the programs; with the line that the verifier stumbled over.
     """
 
     def __init__(self, image: bytes, settings: bytes) -> None:
+        _require_byte_order(image)
         library = _library()
         log = ctypes.create_string_buffer(_LOG_BYTES)
         options = _OpenOptions(
@@ -284,6 +289,14 @@ class Object:
             raise KernelError("read", f"eBPF program {name}", ctypes.get_errno())
         _type, number = struct.unpack_from("=II", info.raw)
         return Program(fd, number)
+
+
+def _require_byte_order(image: bytes) -> None:
+    """libbpf refuses as well, with a number of its own that says nothing."""
+    order = _ORDERS.get(image[_ORDER_PLACE], "no")
+    if order != sys.byteorder:
+        detail = f"they are compiled for {order}-endian processors, and this one is {sys.byteorder}-endian"
+        raise NotSupported("load", "eBPF programs", errnos.ENOEXEC, detail=detail)
 
 
 def run_once(program: Program, packet: bytes, *, context: bytes = b"") -> tuple[int, bytes]:
