@@ -432,7 +432,8 @@ async def connect(endpoint: Endpoint, context: ssl.SSLContext | None, *, timeout
     except ssl.SSLError as error:
         raise NotEtcd(_tls_words(error)) from error
     except OSError as error:
-        raise Lost(_words(error)) from error
+        # A member without TLS may reset the connection before or after it has read our greeting.
+        raise Lost(_AT_ONCE if isinstance(error, ConnectionResetError) else _words(error)) from error
     except BaseException:
         channel.fail(Lost("closed"))
         raise
