@@ -204,7 +204,12 @@ def _join(
         public={**before.public, **{one: it.public[one] for one, it in underlays.items()}},
     )
     return Plan(
-        host=Host(network=current.host.network, underlay=underlay, facts=first.host.facts),
+        host=Host(
+            network=current.host.network,
+            underlay=underlay,
+            facts=first.host.facts,
+            lacks=first.host.lacks,
+        ),
         backends={
             family: fitting[family].backends[family] if family in fitting else backend
             for family, backend in current.backends.items()

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _ETHERNET_BYTES = 6
+#: The most peers whose traffic a status page shows.
+_MOST_SHOWN = 1000
 _NEITHER = "either is enough: run the agent as root of the host itself, or install Loden where gcc is"
 
 #: A place for a program: the device's index, and where on it.
@@ -172,7 +174,12 @@ class Carrier:
         }
 
     def _traffic(self) -> dict[str, dict[str, int]]:
-        """What went to each peer and came from it, both ways of carrying together."""
+        """What went to each peer and came from it, both ways of carrying together.
+
+        Nothing where there are so many peers that to read them all would hold the agent up.
+        """
+        if len(self._peers) > _MOST_SHOWN:
+            return {}
         found: dict[str, dict[str, int]] = {}
         names = ("tx_packets", "tx_bytes", "rx_packets", "rx_bytes")
         if self.engine is not None:

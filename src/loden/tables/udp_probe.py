@@ -53,8 +53,12 @@ _ENDS = {
 def why_not(family: Family) -> str:
     """Why a packet of this family does not come through; empty where it does.
 
-    It blocks for some hundredths of a second, the first time.
+    It blocks for some hundredths of a second, the first time. One failure may be a busy host's, two are not.
     """
+    return _try(family) and _try(family)
+
+
+def _try(family: Family) -> str:
     found: list[str] = []
     thread = threading.Thread(target=lambda: found.append(_try_apart(family)), name="udp probe")
     thread.start()
