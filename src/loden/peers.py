@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from loden.errors import LeaseError, PeerUnreachable
 from loden.interface import Hop
 from loden.lease import Lease, Leg
-from loden.plan import Plan
+from loden.plan import Plan, host_networks, require_harmless
 from loden.reconcile import Reconciler
 from loden.stores.base import Changes, Record, Snapshot
 from loden.stores.changes import difference
@@ -32,7 +32,7 @@ class Peers:
     """
 
     def __init__(self, plan: Plan, reconciler: Reconciler, lookups: Netlink) -> None:
-        self._plan = plan
+        self.use(plan)
         self._reconciler = reconciler
         self._lookups = lookups
         self._own: Record | None = None
@@ -60,6 +60,7 @@ class Peers:
     def use(self, plan: Plan) -> None:
         """Turn leases into entries by this plan from the next time on."""
         self._plan = plan
+        self._near = tuple(host_networks(plan.host.underlay, plan.host.facts))
 
     def take(self, news: Changes | Snapshot) -> None:
         """Take note of what the store says, and want what follows from it."""
@@ -152,4 +153,5 @@ class Peers:
     def _entries(self, leg: Leg, hops: Mapping[bytes, Hop | None]) -> Sequence[Entry]:
         if self._own is not None and any(leg.subnet.overlaps(it.subnet) for it in self._own.lease.legs):
             raise PeerUnreachable(f"route {leg.subnet}: another host's lease overlaps our own subnet")
+        require_harmless(leg, self._plan.host.network, self._near)
         return self._plan.backends[leg.subnet.family].entries(leg, hops.get(leg.public or b""))

@@ -7,15 +7,15 @@ other keeps the plan that it had, with what is said to be wrong, until it fits a
 """
 
 import errno as errnos
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
-from loden.address import Family, Prefix
+from loden.address import Family, Prefix, format_address, is_host
 from loden.backend_options import decode_options
 from loden.backends import find
 from loden.backends.base import Backend, Host
-from loden.errors import ConfigError, InterfaceError, LodenError
+from loden.errors import ConfigError, InterfaceError, LodenError, PeerUnreachable
 from loden.interface import Hop, HostFacts, Selection, Underlay, leads_out, select, select_again
 from loden.lease import Lease, Leg, public_port
 from loden.network import Network, parse_network
@@ -230,19 +230,50 @@ def require_apart(network: Network, underlay: Underlay, facts: HostFacts) -> Non
     Raises:
         ConfigError: names both ranges. Routes to such subnets would cut the host off.
     """
-    names = {link.index: link.name for link in facts.links if leads_out(link)}
-    names[underlay.index] = underlay.name
-    for own in facts.addresses:
-        if own.index not in names:
-            continue
-        there = Prefix.of(own.address, own.length)
+    for there, name in host_networks(underlay, facts):
         for part in network.ranges:
             if part.network.overlaps(there):
                 raise ConfigError(
                     "IPv6Network" if part.family is Family.IPV6 else "Network",
-                    f"{part.network} overlaps {there}, the network of {names[own.index]}",
+                    f"{part.network} overlaps {there}, the network of {name}",
                     hint="give the containers a range that no host is in",
                 )
+
+
+def host_networks(underlay: Underlay, facts: HostFacts) -> Iterator[tuple[Prefix, str]]:
+    """The networks that the host itself is in, each with its interface."""
+    names = {link.index: link.name for link in facts.links if leads_out(link)}
+    names[underlay.index] = underlay.name
+    for own in facts.addresses:
+        if own.index in names:
+            yield Prefix.of(own.address, own.length), names[own.index]
+
+
+def require_harmless(leg: Leg, network: Network, near: Iterable[tuple[Prefix, str]]) -> None:
+    """Refuse a peer whose subnet can be no container subnet, whatever the store says.
+
+    It need not lie in the network: hosts that go by an earlier configuration keep theirs.
+
+    Args:
+        leg: of the peer's lease.
+        network: the cluster's configuration.
+        near: as :func:`host_networks` has them.
+
+    Raises:
+        PeerUnreachable: says what the route would take away.
+    """
+    subnet = leg.subnet
+    own = network.range_of(subnet.family)
+    first, last = (number.to_bytes(subnet.family.size, "big") for number in (subnet.first, subnet.last))
+    if own is not None and subnet.length < own.network.length:
+        raise PeerUnreachable(f"route {subnet}: it is wider than the whole network {own.network}")
+    if not is_host(first) or not is_host(last):
+        raise PeerUnreachable(f"route {subnet}: no host has such addresses")
+    if leg.public is not None and subnet.holds(leg.public):
+        raise PeerUnreachable(f"route {subnet}: the peer's own address {format_address(leg.public)} is in it")
+    for there, name in near:
+        if subnet.overlaps(there):
+            raise PeerUnreachable(f"route {subnet}: it overlaps {there}, the network of {name}")
 
 
 async def require_rights(requests: Netlink) -> None:

@@ -119,6 +119,22 @@ def test_malformed_keys_hurt_nobody_else(make_hosts: MakeHosts) -> None:
     hosts.require_all_reached()
 
 
+def test_peer_whose_route_would_cut_the_host_off_is_refused(make_hosts: MakeHosts) -> None:
+    hosts = make_hosts()
+    agents = hosts.up(VXLAN)
+    near = Prefix.of(parse_address(hosts[1].address), 31)
+    for number, subnet in enumerate(("128.0.0.0/2", "198.18.0.128/25", str(near), "127.0.0.0/16")):
+        mac = f"02:00:00:00:01:{number:02x}"
+        write_peer(hosts, subnet=Prefix.parse(subnet), address=hosts[1].address, mac=mac)
+    agents[0].wait_lines(4, "WARNING", "peer refused")
+    write_peer(hosts)
+    wait_until(
+        "a good one behind them", lambda: "10.5.77.0/24 via 10.5.77.0 dev flannel.1" in hosts[0].routes()
+    )
+    assert len(hosts[0].routes()) == 2
+    hosts.require_all_reached()
+
+
 def comes_back(hosts: Hosts, host: Host, what: str, harm: Callable[[], object]) -> None:
     """After some harm everything is there again; how long that takes is printed."""
     harm()
