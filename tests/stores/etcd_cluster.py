@@ -35,10 +35,14 @@ needs_etcd = pytest.mark.skipif(
 class Member:
     """One member: a process that can be ended, stopped and started again with the same data."""
 
-    def __init__(self, command: Sequence[str], log: Path, client: str) -> None:
+    def __init__(
+        self, command: Sequence[str], log: Path, client: str, data: Path, identity: Sequence[str]
+    ) -> None:
         self._command = command
         self._log = log
         self.client = client
+        self.data = data
+        self.identity = identity
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -116,16 +120,18 @@ class Cluster:
         self.members = []
         for number, (port, peer) in enumerate(zip(ports, peers, strict=False)):
             client = f"{serve}:{port}"
+            data = self.directory / f"m{number}"
+            identity = ("--name", f"m{number}", "--initial-advertise-peer-urls", peer)
+            identity += ("--initial-cluster", together)
             command = (
-                *("etcd", "--name", f"m{number}", "--data-dir", str(self.directory / f"m{number}")),
+                *("etcd", *identity, "--data-dir", str(data)),
                 *("--listen-client-urls", f"{scheme}://{client}"),
                 *("--advertise-client-urls", f"{scheme}://{client}"),
-                *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
-                *("--initial-cluster-token", token),
-                *("--initial-cluster", together, "--logger", "zap", "--log-outputs", "stderr"),
+                *("--listen-peer-urls", peer, "--initial-cluster-token", token),
+                *("--logger", "zap", "--log-outputs", "stderr"),
                 *(*speed, *flags),
             )
-            self.members.append(Member(command, self.directory / f"m{number}.log", client))
+            self.members.append(Member(command, self.directory / f"m{number}.log", client, data, identity))
 
     def __enter__(self) -> "Cluster":
         try:
@@ -175,6 +181,14 @@ class Cluster:
         )
         assert done.returncode == 0, f"etcdctl {words}: {done.stderr}"
         return done.stdout
+
+    def put_back(self, member: Member, copy: str) -> None:
+        """Have a lone member start again with what a copy holds (``etcdctl snapshot save``)."""
+        member.kill()
+        shutil.rmtree(member.data)
+        self.ctl("snapshot", "restore", copy, "--data-dir", str(member.data), *member.identity)
+        member.start()
+        member.wait_ready()
 
     def leader(self) -> Member:
         """The member that leads, as soon as one does."""

@@ -234,6 +234,32 @@ def test_compaction_while_a_watch_was_away_is_bridged_by_a_snapshot(alone: Clust
     run(work)
 
 
+def test_etcd_put_back_from_an_older_copy_is_bridged_by_a_snapshot(alone: Cluster) -> None:
+    """Its revisions go backwards: a watch for what was to come would wait for ever."""
+
+    async def work() -> None:
+        (member,) = alone.members
+        copy = str(alone.directory / "copy.db")
+        async with opened(alone.url()) as (store,):
+            old = await store.create(lease("10.5.1.0/24", public="192.0.2.1"), holder=holder("a"))
+            alone.ctl("snapshot", "save", copy)
+            for number in range(2, 6):
+                subnet, public = f"10.5.{number}.0/24", f"192.0.2.{number}"
+                await store.create(lease(subnet, public=public), holder=holder(str(number)))
+            async with following(store) as follower:
+                await caught_up(follower, store)
+                before = follower.revision
+                alone.put_back(member, copy)
+                await wait_for("it hears of it", lambda: follower.known.keys() == {old.key})
+                assert follower.snapshots == 1
+                assert follower.revision < before
+                await persist(store, "snapshot")
+                new = await store.create(lease("10.5.9.0/24", public="192.0.2.9"), holder=holder("i"))
+                await wait_for("it hears what is new", lambda: new.key in follower.known)
+
+    run(work)
+
+
 def test_compaction_under_a_watch_that_keeps_up_costs_nothing(alone: Cluster) -> None:
     async def work() -> None:
         async with opened(alone.url(), alone.url()) as (one, two), following(two) as follower:
