@@ -121,8 +121,10 @@ class Cluster:
         for number, (port, peer) in enumerate(zip(ports, peers, strict=False)):
             client = f"{serve}:{port}"
             data = self.directory / f"m{number}"
-            identity = ("--name", f"m{number}", "--initial-advertise-peer-urls", peer)
-            identity += ("--initial-cluster", together)
+            identity = (
+                *("--name", f"m{number}", "--initial-advertise-peer-urls", peer),
+                *("--initial-cluster", together),
+            )
             command = (
                 *("etcd", *identity, "--data-dir", str(data)),
                 *("--listen-client-urls", f"{scheme}://{client}"),

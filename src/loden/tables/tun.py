@@ -37,7 +37,7 @@ _HINTS = {
     errnos.ENOENT: "load the module tun (modprobe tun), or give this container the device /dev/net/tun",
     errnos.ENODEV: "load the module tun: modprobe tun",
     # Whether the kernel lets us make devices is another question (EPERM).
-    errnos.EACCES: f"let everybody open it, as udev does (chmod 666 {_PATH}), or run as the machine's own root",
+    errnos.EACCES: f"let everybody open it, as udev does (chmod 666 {_PATH}), or run as its own root",
     errnos.EBUSY: "another program has it; stop flanneld on this host",
     errnos.EINVAL: "another kind of TUN device has the name: stop flanneld on this host, or delete it",
 }
