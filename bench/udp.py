@@ -344,7 +344,7 @@ def _wait_for_peers(labs: Iterable[Lab], is_enough: Callable[[int], bool]) -> No
 def _count_peers() -> int:
     with urllib.request.urlopen(f"http://127.0.0.1:{_STATUS_PORT}/status", timeout=_PATIENCE_S) as answer:
         tunnels = json.load(answer)["tables"]["UdpTunnel"]
-    return sum(len(tunnel["peers"]) for tunnel in tunnels.values())
+    return sum(int(tunnel["peer_count"]) for tunnel in tunnels.values())
 
 
 def _launch(store_url: str, subnet_file: pathlib.Path) -> tuple[str, ...]:

@@ -312,8 +312,12 @@ class TestManyPeers:
         found = run(kernel.peers.read(wanted))
         assert found == wanted
         assert all(found[slot] is peer for slot, peer in wanted.items())
+        carrier = kernel.carrier(names.device)
+        assert (carrier.report()["peer_count"], carrier.report()["peers"]) == (20_000, {})
         assert run(kernel.peers.drop(peers[1:])) == {}
         assert run(kernel.peers.read(wanted)) == {peers[0].slot: peers[0]}
+        report = carrier.report()
+        assert (report["peer_count"], list(report["peers"])) == (1, [str(peers[0].subnet)])
 
 
 class TestWays:

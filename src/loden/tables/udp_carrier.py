@@ -170,6 +170,7 @@ class Carrier:
             "reason": self.reason,
             "ebpf": {} if self.fast is None else self.fast.counters(),
             "engine": {} if self.engine is None else self.engine.counters(),
+            "peer_count": len(self._peers),
             "peers": self._traffic(),
         }
 
