@@ -26,7 +26,7 @@ class _Sum(msgspec.Struct):
 
 
 class _End(msgspec.Struct):
-    sum_received: _Sum
+    sum_received: _Sum | None = None
 
 
 class _Report(msgspec.Struct):
@@ -39,7 +39,7 @@ def is_available() -> bool:
     return shutil.which("iperf3") is not None
 
 
-def tcp(path: Path, *, streams: int = 1, seconds: float) -> float:
+def tcp(path: Path, *, streams: int = 1, seconds: float, congestion: str = "") -> float:
     """What connections carry at the same time, in Gbit/s as the receivers see it.
 
     Each has processes of its own: iperf3 before 3.16 has one thread for all its streams, and with four of
@@ -49,6 +49,7 @@ def tcp(path: Path, *, streams: int = 1, seconds: float) -> float:
         path: from where to where.
         streams: how many connections.
         seconds: to measure, behind half a second that does not count; blocks for as long.
+        congestion: the senders' congestion control; empty for the host's.
 
     Raises:
         LabError: the path does not connect.
@@ -65,11 +66,13 @@ def tcp(path: Path, *, streams: int = 1, seconds: float) -> float:
         ]
         for server in servers:
             _wait_until_listening(server)
+        congested = ("--congestion", congestion) if congestion else ()
         clients = [
             _start(
                 (
                     *("--client", there, "--bind", here, "--port", port, "--connect-timeout", "3000"),
                     *("--time", f"{seconds:g}", "--omit", f"{_SETTLE_S:g}", "--json"),
+                    *congested,
                 ),
                 path.source,
                 stack,
@@ -85,7 +88,7 @@ def tcp(path: Path, *, streams: int = 1, seconds: float) -> float:
 
 def _gbps(said: str, what: str) -> float:
     report = msgspec.json.decode(said, type=_Report)
-    if report.end is None or report.error:
+    if report.error or report.end is None or report.end.sum_received is None:
         raise LabError(f"{what}: iperf3: {report.error}")
     return report.end.sum_received.bits_per_second / 1e9
 

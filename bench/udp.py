@@ -51,17 +51,21 @@ class Meter:
 
     Args:
         program: ``bench/packets.c``, compiled; carries TCP where there is no iperf3.
+        congestion: the senders' congestion control, for which there has to be one; empty for the host's.
     """
 
-    def __init__(self, program: pathlib.Path) -> None:
+    def __init__(self, program: pathlib.Path, congestion: str = "") -> None:
+        if congestion and not _iperf.is_available():
+            raise LabError(f"measure TCP with {congestion}: no iperf3", hint="apt install iperf3")
         self._program = program
+        self._congestion = congestion
         self.busy_s_per_gb: dict[str, list[float]] = {}
 
     def tcp(self, name: str, path: Path, *, streams: int, seconds: float = _TCP_S) -> float:
         """Gbit/s over a path; its processor time is kept by name."""
         started, busy = time.monotonic(), _busy_s()
         if _iperf.is_available():
-            found = _iperf.tcp(path, streams=streams, seconds=seconds)
+            found = _iperf.tcp(path, streams=streams, seconds=seconds, congestion=self._congestion)
         else:
             found = _engine.tcp(self._program, path, streams=streams, seconds=seconds)
         share = (_busy_s() - busy) / (time.monotonic() - started)
@@ -88,7 +92,7 @@ def measure(arguments: Arguments) -> Iterator[Figure]:
                 (_VXLAN, "vxlan", "vxlan", "{}"),
             )
         }
-        meter = Meter(program)
+        meter = Meter(program, arguments.congestion)
         for part in parts:
             yield from _PARTS[part](labs, meter, program, arguments.rounds)
 
@@ -381,6 +385,7 @@ _PARTS: Mapping[str, _Part] = {"tcp": _tcp, "datagrams": _datagrams, "peers": _p
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="how many, of about 60 s [3]")
     parser.add_argument("--only", action="append", choices=_PARTS, help="this part; may be repeated")
+    parser.add_argument("--congestion", default="", help="TCP's congestion control [the host's]")
 
 
 if __name__ == "__main__":
