@@ -2,7 +2,8 @@
 import subprocess
 import sys
 
-# Large blocks with small ones between them that stay, as a listing leaves them; all zeros are written once.
+# Large blocks with smaller ones between them that stay, as a listing leaves them: 3.6 MB of them, so that
+# they cannot all sit in holes that the heap had before. All zeros are not written, and hardly count.
 _SCRIPT = """
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ before = resident_mb()
 large, small = [], []
 for _ in range(60):
     large.append(bytearray(b"x" * 900_000))
-    small.append(bytes(2_000))
+    small.append(bytes(60_000))
 large.clear()
 print(resident_mb() - before)
 """
