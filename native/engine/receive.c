@@ -234,17 +234,6 @@ static void take_messages(struct receiver *receiver, unsigned int count)
 		receiver->at_once = RX_MESSAGES;
 }
 
-/* What ICMP said about datagrams of ours, if the socket's owner wants to have it: it must be taken out. */
-static void drain_errors(struct receiver *receiver)
-{
-	struct worker *worker = receiver->worker;
-	char control[512];
-	struct msghdr header = {.msg_control = control, .msg_controllen = sizeof(control)};
-
-	while (recvmsg(worker->udp[0], &header, MSG_ERRQUEUE | MSG_DONTWAIT) >= 0)
-		header = (struct msghdr){.msg_control = control, .msg_controllen = sizeof(control)};
-}
-
 /* Whether a datagram has come, or an error to take out of the way. */
 static bool wait_for_more(struct receiver *receiver)
 {
@@ -252,7 +241,7 @@ static bool wait_for_more(struct receiver *receiver)
 	bool result = worker_wait(receiver->worker, receiver->worker->udp[0], &events, -1);
 
 	if (events & POLLERR)
-		drain_errors(receiver);
+		worker_drain(receiver->worker->udp[0]);
 	return result;
 }
 
@@ -271,7 +260,7 @@ static bool can_go_on(struct receiver *receiver, int error, unsigned int *errors
 	case EFAULT:
 		break;
 	default:
-		drain_errors(receiver);
+		worker_drain(receiver->worker->udp[0]);
 		if (error == EMSGSIZE)
 			worker_tell(receiver->worker);
 		if (++*errors < RX_PATIENCE)

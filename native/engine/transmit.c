@@ -24,6 +24,7 @@ enum {
 			       to 128", v6.9) */
 	TX_MESSAGE = 65487, /* bytes in a message: its IP packet has 65535, headers of IPv6 and UDP included */
 	TX_PATIENCE_MS = 5, /* for a full socket; then packets are dropped, as a device does */
+	TX_REFUSALS = 3,    /* that one datagram has to hear, see is_final */
 };
 
 /* Datagrams of one size for one peer, on their way into one system call. */
@@ -95,6 +96,20 @@ static enum drop reason_of(int error)
 	}
 }
 
+/*
+ * Whether what a socket has refused is not to be sent again. What ICMP said about earlier datagrams waits at the socket,
+ * if its owner wants to have it, and a call is told of it instead of sending, whomever to (sock_alloc_send_pskb).
+ */
+static bool is_final(int socket, int error, unsigned int *refusals)
+{
+	if (error == EINTR)
+		return false;
+	if (error == EAGAIN || ++*refusals == TX_REFUSALS)
+		return true;
+	worker_drain(socket);
+	return false;
+}
+
 /* Sending one by one */
 
 /* One datagram, now. Returns 0 or a negative errno. */
@@ -107,11 +122,13 @@ static int send_one(struct transmitter *transmitter, const struct peer *peer, st
 		.msg_iov = pieces,
 		.msg_iovlen = count,
 	};
+	int socket = socket_of(transmitter, peer);
+	unsigned int refusals = 0;
 	ssize_t sent;
 
 	do {
-		sent = sendmsg(socket_of(transmitter, peer), &header, MSG_DONTWAIT);
-	} while (sent < 0 && errno == EINTR);
+		sent = sendmsg(socket, &header, MSG_DONTWAIT);
+	} while (sent < 0 && !is_final(socket, errno, &refusals));
 	if (sent < 0)
 		return -errno;
 	count_sent(transmitter, peer, 1, (uint32_t)sent);
@@ -282,8 +299,6 @@ static size_t refused(struct transmitter *transmitter, size_t index, int error)
 	size_t left = transmitter->message_count - index;
 
 	switch (error) {
-	case EINTR:
-		return 0;
 	case EAGAIN:
 		if (wait_for_room(transmitter))
 			return 0;
@@ -306,6 +321,7 @@ static size_t refused(struct transmitter *transmitter, size_t index, int error)
 
 static void flush(struct transmitter *transmitter)
 {
+	unsigned int refusals = 0;
 	size_t done = 0;
 
 	for (size_t i = 0; i < transmitter->message_count; i++)
@@ -315,9 +331,13 @@ static void flush(struct transmitter *transmitter)
 				    (unsigned int)(transmitter->message_count - done), MSG_DONTWAIT);
 
 		if (sent < 0) {
-			done += refused(transmitter, done, errno);
+			if (is_final(transmitter->socket, errno, &refusals)) {
+				done += refused(transmitter, done, errno);
+				refusals = 0;
+			}
 			continue;
 		}
+		refusals = 0;
 		for (int i = 0; i < sent; i++, done++) {
 			const struct message *message = &transmitter->messages[done];
 

@@ -55,6 +55,15 @@ bool worker_wait(struct worker *worker, int fd, short *events, int timeout_ms)
 	return !worker_should_stop(worker);
 }
 
+void worker_drain(int socket)
+{
+	char control[512];
+	struct msghdr header = {.msg_control = control, .msg_controllen = sizeof(control)};
+
+	while (recvmsg(socket, &header, MSG_ERRQUEUE | MSG_DONTWAIT) >= 0)
+		header = (struct msghdr){.msg_control = control, .msg_controllen = sizeof(control)};
+}
+
 void worker_count(struct worker *worker, enum counter counter, uint64_t more)
 {
 	atomic_uint_least64_t *count = &worker->counts[counter];

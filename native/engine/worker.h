@@ -65,6 +65,9 @@ void worker_leave(struct worker *worker);
 bool worker_wait(struct worker *worker, int fd, short *events, int timeout_ms);
 bool worker_should_stop(const struct worker *worker);
 
+/* Take away what ICMP said about datagrams of ours, if the socket's owner wants to have it. */
+void worker_drain(int socket);
+
 void worker_count(struct worker *worker, enum counter counter, uint64_t more);
 void worker_drop(struct worker *worker, enum drop reason, uint64_t packets);
 void worker_fail(struct worker *worker, int error, const char *what);

@@ -481,6 +481,7 @@ def test_socket_that_hears_of_unreachable_ports_goes_on(stack: ExitStack) -> Non
     )
     peer = stack.enter_context(plain_peer())
     sender = stack.enter_context(opened(ONE, socket.SOCK_DGRAM))
+    command(f"ip netns exec {TWO.namespace} sysctl -qw net.ipv4.icmp_ratelimit=0")
     for number in range(200):
         sender.sendto(b"", ("10.5.3.1", 1))
         sender.sendto(struct.pack("=I", number), ("10.5.2.1", 1))
