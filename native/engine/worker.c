@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -10,6 +11,8 @@
 enum {
 	ICMP_PER_SECOND = 1000, /* RFC 4443 section 2.4 (f) wants a limit, RFC 1812 section 4.3.2.8 the same */
 	NEWS_PER_SECOND = 100,
+	PACE_MS = 20,		/* how often a worker looks how busy it is */
+	FAST_PER_MS = 30,	/* packets of wire size: some 350 Mbit/s of TCP */
 };
 
 /*
@@ -40,6 +43,43 @@ bool worker_should_stop(const struct worker *worker)
 	return atomic_load_explicit(&worker->engine->stopping, memory_order_relaxed);
 }
 
+/* Packets that the engine has carried, in both directions. */
+static uint64_t carried(struct engine *engine)
+{
+	uint64_t packets = 0;
+
+	for (size_t i = 0; i < engine->worker_count; i++) {
+		packets += atomic_load_explicit(&engine->workers[i].counts[COUNT_TX_PACKETS], memory_order_relaxed) +
+			   atomic_load_explicit(&engine->workers[i].counts[COUNT_RX_PACKETS], memory_order_relaxed);
+	}
+	return packets;
+}
+
+/*
+ * While the engine carries many packets, its workers do not take the processor from whoever sends or reads them
+ * (SCHED_BATCH): those get further at a time, and the workers find more at a time, and find it in the cache. Of
+ * few packets each is worth an interruption. All workers do the same: acknowledgements are few, and come with many.
+ * A policy that somebody else has chosen is kept.
+ */
+static void follow_pace(struct worker *worker)
+{
+	static const struct sched_param none = {.sched_priority = 0};
+	struct pace *pace = &worker->pace;
+	struct timespec now;
+	uint64_t ms, packets;
+	bool is_fast;
+
+	clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+	ms = (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
+	if (ms - pace->at_ms < PACE_MS)
+		return;
+	packets = carried(worker->engine);
+	is_fast = packets - pace->packets >= (ms - pace->at_ms) * FAST_PER_MS;
+	if (is_fast != pace->is_fast && sched_getscheduler(0) == (is_fast ? SCHED_OTHER : SCHED_BATCH))
+		(void)sched_setscheduler(0, is_fast ? SCHED_BATCH : SCHED_OTHER, &none);
+	*pace = (struct pace){.at_ms = ms, .packets = packets, .is_fast = is_fast};
+}
+
 bool worker_wait(struct worker *worker, int fd, short *events, int timeout_ms)
 {
 	struct pollfd polled[2] = {
@@ -47,6 +87,7 @@ bool worker_wait(struct worker *worker, int fd, short *events, int timeout_ms)
 		{.fd = fd, .events = *events},
 	};
 
+	follow_pace(worker);
 	if (poll(polled, 2, timeout_ms) < 0 && errno != EINTR) {
 		worker_fail(worker, errno, "poll");
 		return false;

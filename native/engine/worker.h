@@ -14,6 +14,13 @@ struct ration {
 	unsigned int used;
 };
 
+/* How busy the engine was when a worker last looked. */
+struct pace {
+	uint64_t at_ms;	  /* CLOCK_MONOTONIC_COARSE */
+	uint64_t packets; /* carried until then */
+	bool is_fast;
+};
+
 struct worker {
 	struct engine *engine;
 	void (*run)(struct worker *worker);
@@ -24,6 +31,7 @@ struct worker {
 	int udp[2]; /* IPv4, IPv6; -1: none. A receiver's own is the first. */
 	int probe[2];
 	struct ration icmp, news;
+	struct pace pace;
 	/*
 	 * The table that this worker may be looking at: it is not freed as long as it stands here (a hazard
 	 * pointer). NULL whenever the worker waits, so that waiting workers hold nothing.

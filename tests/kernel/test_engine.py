@@ -714,37 +714,35 @@ def test_removed_device_ends_the_workers_and_they_say_so(
         thread.join()
 
 
-class Saturation:
-    """TCP in both directions, and a flood of datagrams, for as long as a block lasts."""
+def run_until_end(stack: ExitStack, program: Path, what: str, on: socket.socket, *words: str) -> None:
+    """``bench/packets.c`` on a socket, until the stack ends."""
+    on.settimeout(None)
+    running = subprocess.Popen(
+        (str(program), what, str(on.fileno()), *words), pass_fds=(on.fileno(),), stdout=subprocess.DEVNULL
+    )
+    stack.callback(running.wait)
+    stack.callback(running.kill)
 
-    def __init__(self, program: Path, stack: ExitStack) -> None:
-        self._program, self._stack = program, stack
-        for source, target in (SIDES, SIDES[::-1]):
-            self._tcp(source, target)
-        sender, receiver = udp_pair(stack)
-        self._run("flood", sender, "3600", "64", "1")
-        self._run("sink", receiver, "3600")
 
-    def _run(self, what: str, on: socket.socket, *words: str) -> None:
-        on.settimeout(None)
-        command_line = (str(self._program), what, str(on.fileno()), *words)
-        running = subprocess.Popen(command_line, pass_fds=(on.fileno(),), stdout=subprocess.DEVNULL)
-        self._stack.callback(running.wait)
-        self._stack.callback(running.kill)
-
-    def _tcp(self, source: Side, target: Side) -> None:
-        listener = self._stack.enter_context(opened(target, socket.SOCK_STREAM))
-        listener.listen()
-        sender = self._stack.enter_context(opened(source, socket.SOCK_STREAM))
-        sender.connect(listener.getsockname())
-        receiver = self._stack.enter_context(listener.accept()[0])
-        self._run("push", sender, "3600")
-        self._run("pull", receiver, "3600")
+def bulk(stack: ExitStack, program: Path, source: Side, target: Side) -> None:
+    """A connection that carries what it can, until the stack ends."""
+    listener = stack.enter_context(opened(target, socket.SOCK_STREAM))
+    listener.listen()
+    sender = stack.enter_context(opened(source, socket.SOCK_STREAM))
+    sender.connect(listener.getsockname())
+    receiver = stack.enter_context(listener.accept()[0])
+    run_until_end(stack, program, "push", sender, "3600")
+    run_until_end(stack, program, "pull", receiver, "3600")
 
 
 def test_control_is_never_starved(engines: tuple[Engine, Engine], stack: ExitStack) -> None:
     """flannel's proxy reads no command while packets come (COMPAT W27); here both directions are full."""
-    Saturation(stack.enter_context(packets_program()), stack)
+    program = stack.enter_context(packets_program())
+    for source, target in (SIDES, SIDES[::-1]):
+        bulk(stack, program, source, target)
+    sender, receiver = udp_pair(stack)
+    run_until_end(stack, program, "flood", sender, "3600", "64", "1")
+    run_until_end(stack, program, "sink", receiver, "3600")
     many = [Peer(bytes((10, 200 + (n >> 8), n & 255, 0)), 24, TWO.wire(), n % 5000 + 1) for n in range(5000)]
     until(lambda: all(engine.counters()["rx_packets"] > 10_000 for engine in engines))
     for number in range(60):
@@ -765,6 +763,53 @@ def test_control_is_never_starved(engines: tuple[Engine, Engine], stack: ExitSta
     for engine in engines:
         engine.stop()
         assert engine.counters()["tables"] == 1
+
+
+def workers() -> list[int]:
+    """Thread ids of the workers that carry packets over IPv4: a transmitter and a receiver on each side."""
+    names = {int(task.name): (task / "comm").read_text() for task in Path("/proc/self/task").iterdir()}
+    found = [worker for worker, name in names.items() if name in ("loden-tx-0\n", "loden-rx-0\n")]
+    assert len(found) == 4
+    return found
+
+
+def policies() -> set[int]:
+    """How they are scheduled."""
+    return {os.sched_getscheduler(worker) for worker in workers()}
+
+
+def test_workers_interrupt_others_only_while_packets_are_few(
+    engines: tuple[Engine, Engine], stack: ExitStack
+) -> None:
+    sender, receiver = udp_pair(stack)
+
+    def one_packet() -> None:
+        for end in (sender, receiver):
+            end.send(b"x")
+        assert receiver.recv(2) == sender.recv(2) == b"x"
+
+    one_packet()
+    assert policies() == {os.SCHED_OTHER}
+    with ExitStack() as heavy:
+        bulk(heavy, heavy.enter_context(packets_program()), ONE, TWO)
+        until(lambda: policies() == {os.SCHED_BATCH})
+
+    def are_at_rest() -> bool:
+        one_packet()
+        return policies() == {os.SCHED_OTHER}
+
+    until(are_at_rest)
+    assert engines[1].counters()["rx_packets"] > 0
+
+
+def test_scheduling_that_somebody_else_has_chosen_is_kept(
+    engines: tuple[Engine, Engine], stack: ExitStack
+) -> None:
+    for worker in workers():
+        os.sched_setscheduler(worker, os.SCHED_IDLE, os.sched_param(0))
+    bulk(stack, stack.enter_context(packets_program()), ONE, TWO)
+    until(lambda: engines[1].counters()["rx_packets"] > 200_000)
+    assert policies() == {os.SCHED_IDLE}
 
 
 def test_peer_that_moves_takes_its_packets_along(engines: tuple[Engine, Engine], stack: ExitStack) -> None:
