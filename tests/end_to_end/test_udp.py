@@ -139,6 +139,12 @@ def test_carries_everything_and_says_how(make_hosts: MakeHosts, acceleration: st
     require_all_kinds([host.container() for host in hosts])
     for agent in agents:
         agent.wait_line(f"udp acceleration={acceleration} device=flannel0")
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    for agent in agents:
+        goes_first = (
+            acceleration == "engine" and own == 0 and not agent.lines("no priority over other processes")
+        )
+        assert os.getpriority(os.PRIO_PROCESS, agent.pid) == (-10 if goes_first else own)
     found = status(hosts[0])
     assert found["acceleration"] == acceleration
     assert bool(found["reason"]) is (acceleration == "engine")

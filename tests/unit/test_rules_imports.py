@@ -23,7 +23,7 @@ LAYERS = (
     ("stores", "backends", "firewall", "status"),
     ("clouds",),
     ("tables",),
-    ("retry",),
+    ("priority", "retry"),
     (
         "",
         "address",

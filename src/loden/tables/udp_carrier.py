@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from loden.address import Family, Prefix, format_address
 from loden.errors import KernelError, NotSupported
 from loden.interface import leads_out
+from loden.priority import go_first
 from loden.tables import tc
 from loden.tables.base import Failures
 from loden.tables.devices import Devices
@@ -293,6 +294,11 @@ def _start_engine(carrier: Carrier) -> None:
         source6=b"" if is_ipv4 else entry.source,
         allow_unknown=entry.allow_unknown,
     )
+    if carrier.fast is None:
+        # Else whoever feeds it gets the processor first, and it finds long queues that no cache holds.
+        ordinary = go_first()
+        if ordinary:
+            log.info("udp engine has no priority over other processes: %s; give CAP_SYS_NICE", ordinary)
     carrier.engine.start()
     # The programs take one datagram at a time: what is merged before they see it goes the long way.
     merge(carrier.socket, is_on=carrier.fast is None)
