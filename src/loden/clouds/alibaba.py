@@ -402,11 +402,7 @@ def _read_instance(address: bytes) -> Instance:
     base = os.environ.get("ALIBABA_CLOUD_METADATA_ENDPOINT") or _METADATA
     metadata = Metadata("Alibaba Cloud", base, headers={}, hint=_METADATA_HINT)
     try:
-        status, token = metadata.ask(
-            "PUT", "/latest/api/token", {"X-aliyun-ecs-metadata-token-ttl-seconds": "300"}
-        )
-        if status == 200:
-            metadata.add_header("X-aliyun-ecs-metadata-token", token.strip())
+        metadata.begin_session("X-aliyun-ecs-metadata-token")
         root, wanted, seen = "/latest/meta-data/", format_address(address), []
         first = metadata.get(f"{root}mac")
         for mac in metadata.get(f"{root}network/interfaces/macs/").split():

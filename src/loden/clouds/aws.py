@@ -338,11 +338,7 @@ def _read_instance(address: bytes) -> Instance:
     base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or _METADATA
     metadata = Metadata("AWS", base, headers={}, hint=_METADATA_HINT)
     try:
-        status, token = metadata.ask(
-            "PUT", "/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "300"}
-        )
-        if status == 200:
-            metadata.add_header("X-aws-ec2-metadata-token", token.strip())
+        metadata.begin_session("X-aws-ec2-metadata-token")
         interfaces = dict(_read_interfaces(metadata))
         region = metadata.find("/latest/meta-data/placement/region") or region_of_zone(
             metadata.get("/latest/meta-data/placement/availability-zone")

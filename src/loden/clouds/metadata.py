@@ -14,6 +14,7 @@ from loden.errors import CloudError, CloudUnavailable
 #: For each answer, seconds. All of an instance's questions together have CloudCalls' limit.
 TIMEOUT_S = 2.0
 _MOST_BYTES = 1 << 20
+_SESSION_S = "300"
 
 
 class Metadata:
@@ -37,9 +38,18 @@ class Metadata:
             parts.hostname or "", parts.port or 80, timeout=TIMEOUT_S
         )
 
-    def add_header(self, name: str, value: str) -> None:
-        """Send another header from now on."""
-        self._headers[name] = value
+    def begin_session(self, header: str) -> None:
+        """Take a session token where the service gives them, and send it from now on.
+
+        Args:
+            header: that carries it; with ``-ttl-seconds`` behind it, the one that asks for it.
+
+        Raises:
+            CloudUnavailable: nobody answers.
+        """
+        status, token = self.ask("PUT", "/latest/api/token", {f"{header}-ttl-seconds": _SESSION_S})
+        if status == 200:
+            self._headers[header] = token.strip()
 
     def get(self, path: str) -> str:
         """The text at a path.
