@@ -554,6 +554,23 @@ def test_tables_of_others_in_nft_and_a_chain_that_drops_are_said_with_the_remedy
         assert f"nft insert rule inet site way {remedy}" in said
 
 
+def test_chain_of_others_whose_policy_turns_later_is_said(
+    host: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        decide_for(Kind.IPTABLES_NFT)
+        async with kept(Kind.IPTABLES_NFT, resync_s=0.1):
+            shell("nft 'add table ip site; add chain ip site way { type filter hook forward priority 0; }'")
+            await until(lambda: "tables of others found in nft: ip site" in caplog.text)
+            await asyncio.sleep(0.5)  # and its chains were read
+            assert "drops by policy" not in caplog.text
+            shell("nft 'chain ip site way { policy drop; }'")
+            await until(lambda: "chain 'ip site way' drops by policy" in caplog.text)
+
+    with caplog.at_level(logging.INFO):
+        play(host, scenario)
+
+
 def test_others_who_change_legacy_rules_cost_no_look_with_a_program(host: str) -> None:
     """Nor do counters; what is ours is seen to be as it was (``bench/firewall``)."""
 

@@ -40,6 +40,7 @@ class Elsewhere:
         self._tables: frozenset[str] = frozenset()
         self._chains: Mapping[str, int] | None = None  # tables whose chains were read
         self._chains_due = 0.0
+        self._forwarding: Sequence[Place] = ()  # base chains of others, as last read
         self._backoffs: dict[Kind, Backoff] = {}
         self._removals_due: dict[Kind, float] = {}
 
@@ -150,21 +151,25 @@ class Elsewhere:
                 kind,
             )
         self._tables = frozenset(tables)
-        if tables == self._chains:
-            return True
-        before = time.monotonic()
-        if before < self._chains_due:
-            return False
-        self._chains = tables
-        dropping = await self._view.dropping_chains()
-        self._chains_due = time.monotonic() + _CHAINS_SPACING * (time.monotonic() - before)
-        for place in dropping:
+        is_current = tables == self._chains or await self._read_chains(tables)
+        # A policy changes without anything being added: these few are looked at each time.
+        for place in self._view.dropping(self._forwarding):
             remedy = _remedy(place, wanted)
             if remedy:
                 self._say_once(
                     f"firewall chain '{place}' drops by policy, and what is accepted elsewhere does not "
                     f"count in it: unless it accepts the network's packets already, run: {remedy}"
                 )
+        return is_current
+
+    async def _read_chains(self, tables: Mapping[str, int]) -> bool:
+        """Find the base chains of others; False where it is too early to read all chains again."""
+        before = time.monotonic()
+        if before < self._chains_due:
+            return False
+        self._chains = tables
+        self._forwarding = await self._view.forwarding_chains()
+        self._chains_due = time.monotonic() + _CHAINS_SPACING * (time.monotonic() - before)
         return True
 
     def _say_once(self, text: str) -> None:

@@ -124,10 +124,10 @@ class Nftables:
         found = [_chain(answer) for answer in answers if isinstance(answer, Message)]
         return {one.place: one for one in found}
 
-    async def dropping_chains(self) -> list[Place]:
-        """The chains that drop, by their policy, packets that are passed on. Reads all chains."""
+    async def forwarding_chains(self) -> list[Place]:
+        """The base chains that packets pass which are passed on. Reads all chains."""
         found = map(_chain, await self._dump(_NFT_MSG_GETCHAIN, _ANY_FAMILY))
-        return sorted(one.place for one in found if one.drops and one.forwards)
+        return sorted(one.place for one in found if one.forwards)
 
     async def count_rules(self, table: str, *, without: Collection[bytes]) -> int:
         """How many rules a table has, but those with any of these texts in them."""

@@ -7,7 +7,7 @@ that drops there is not overruled by an accept here.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -153,12 +153,17 @@ class View:
             iptables_legacy=await self.count_legacy(),
         )
 
-    async def dropping_chains(self) -> list[Place]:
-        """Chains of nftables that drop by policy what is passed on, iptables' and ours not among them."""
-        found = await self.kernel.dropping_chains() if self.kernel is not None else []
+    async def forwarding_chains(self) -> list[Place]:
+        """Base chains of nftables for what is passed on, iptables' and ours not among them."""
+        found = await self.kernel.forwarding_chains() if self.kernel is not None else []
         return [
             place
             for place in found
             if place.family in ("ip", "ip6", "inet")
             and f"{place.family} {place.table}" not in IPTABLES_TABLES
         ]
+
+    def dropping(self, places: Sequence[Place]) -> list[Place]:
+        """Those of these base chains of nftables whose policy is DROP now."""
+        found = self.kernel.find_chains(places) if self.kernel is not None else {}
+        return [place for place, one in found.items() if one.drops]
