@@ -159,8 +159,8 @@ def _tcp_figures(
         what = f"TCP {way}, {streams} stream{'s' if streams > 1 else ''}{suffix}"
         yield figure(f"{what}, {_BARE}", median(found[_BARE]), "Gbit/s")
         beside = ("vxlan", median(found[_VXLAN]))
-        least = promises.get(_VXLAN, "")
-        yield figure(f"{what}, ebpf", median(found[_EBPF]), "Gbit/s", least, anchor=beside)
+        promise = promises.get(_VXLAN, "")
+        yield figure(f"{what}, ebpf", median(found[_EBPF]), "Gbit/s", promise, anchor=beside)
         for name in (_EBPF, _ENGINE):
             share = _engine.ratio(found, name, _BARE)
             short = name.removeprefix("udp ")
@@ -230,22 +230,24 @@ def _offloads(devices: Sequence[tuple[str, str]], wanted: Mapping[str, str]) -> 
         return namespaces.inside(namespace, functools.partial(_output, "ethtool", *words))
 
     def switch(device: tuple[str, str], states: Mapping[str, str]) -> None:
-        run(device[0], "-K", device[1], *(word for state in states.items() for word in state))
+        if states:
+            run(device[0], "-K", device[1], *(word for state in states.items() for word in state))
 
-    def found(namespace: str, name: str) -> dict[str, str]:
-        lines = (line.strip().partition(": ") for line in run(namespace, "-k", name).splitlines())
-        # "off [requested on]": what it depends on is off
-        states = {key: state.replace("]", " ").split() for key, _, state in lines}
-        return {key: "on" if "on" in states[key] else "off" for key in wanted}
+    def asked_for(device: tuple[str, str]) -> dict[str, str]:
+        """What can be changed; what is "off [requested on]" for want of something else counts as on."""
+        lines = (line.strip().partition(": ") for line in run(device[0], "-k", device[1]).splitlines())
+        states = {name: state.replace("]", "").split() for name, _, state in lines if "[fixed]" not in state}
+        return {name: "on" if "on" in words else "off" for name, words in states.items() if words}
 
-    before = {device: found(*device) for device in devices}
+    before = {device: asked_for(device) for device in devices}
     try:
         for device in devices:
             switch(device, wanted)
         yield
     finally:
         for device, states in before.items():
-            switch(device, states)
+            now = asked_for(device)
+            switch(device, {name: state for name, state in states.items() if now[name] != state})
 
 
 def _ip(namespace: str, *commands: str) -> None:
