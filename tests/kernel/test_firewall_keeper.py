@@ -16,6 +16,7 @@ import pytest
 from loden.address import Family, Prefix
 from loden.errors import FirewallError
 from loden.firewall.keeper import Firewall
+from loden.firewall.nfnetlink import Place
 from loden.firewall.programs import Kind
 from loden.firewall.rules import FirewallOptions, RuleSet, make_rules
 from loden.firewall.view import View
@@ -555,17 +556,28 @@ def test_tables_of_others_in_nft_and_a_chain_that_drops_are_said_with_the_remedy
 
 
 def test_chain_of_others_whose_policy_turns_later_is_said(
-    host: str, caplog: pytest.LogCaptureFixture
+    host: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Without reading all chains again: nothing was added."""
+    read: list[list[Place] | None] = []
+    original = View.forwarding_chains
+
+    async def forwarding_chains(view: View) -> list[Place] | None:
+        read.append(await original(view))
+        return read[-1]
+
+    monkeypatch.setattr(View, "forwarding_chains", forwarding_chains)
+
     async def scenario() -> None:
         decide_for(Kind.IPTABLES_NFT)
         async with kept(Kind.IPTABLES_NFT, resync_s=0.1):
             shell("nft 'add table ip site; add chain ip site way { type filter hook forward priority 0; }'")
-            await until(lambda: "tables of others found in nft: ip site" in caplog.text)
-            await asyncio.sleep(0.5)  # and its chains were read
+            await until(lambda: bool(read) and read[-1] == [Place("ip", "site", "way")])
             assert "drops by policy" not in caplog.text
+            times = len(read)
             shell("nft 'chain ip site way { policy drop; }'")
             await until(lambda: "chain 'ip site way' drops by policy" in caplog.text)
+            assert len(read) == times
 
     with caplog.at_level(logging.INFO):
         play(host, scenario)

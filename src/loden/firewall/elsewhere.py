@@ -167,9 +167,11 @@ class Elsewhere:
         before = time.monotonic()
         if before < self._chains_due:
             return False
-        self._chains = tables
-        self._forwarding = await self._view.forwarding_chains()
+        found = await self._view.forwarding_chains()
         self._chains_due = time.monotonic() + _CHAINS_SPACING * (time.monotonic() - before)
+        if found is None:
+            return False
+        self._chains, self._forwarding = tables, found
         return True
 
     def _say_once(self, text: str) -> None:

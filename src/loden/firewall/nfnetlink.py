@@ -116,7 +116,7 @@ class Nftables:
         None where the kernel has no nftables.
         """
         found = await self._dump(_NFT_MSG_GETTABLE, _ANY_FAMILY)
-        return dict(map(_table, found))
+        return dict(map(_table, found or ()))
 
     def find_chains(self, places: Sequence[Place]) -> dict[Place, Found]:
         """Those of these chains that are there. Does not block."""
@@ -124,25 +124,25 @@ class Nftables:
         found = [_chain(answer) for answer in answers if isinstance(answer, Message)]
         return {one.place: one for one in found}
 
-    async def forwarding_chains(self) -> list[Place]:
-        """The base chains that packets pass which are passed on. Reads all chains."""
-        found = map(_chain, await self._dump(_NFT_MSG_GETCHAIN, _ANY_FAMILY))
-        return sorted(one.place for one in found if one.forwards)
+    async def forwarding_chains(self) -> list[Place] | None:
+        """The base chains that packets pass which are passed on. Reads all chains; None where it cannot."""
+        found = await self._dump(_NFT_MSG_GETCHAIN, _ANY_FAMILY)
+        return None if found is None else sorted(one.place for one in map(_chain, found) if one.forwards)
 
     async def count_rules(self, table: str, *, without: Collection[bytes]) -> int:
         """How many rules a table has, but those with any of these texts in them."""
         family, _, name = table.partition(" ")
         body = _family(family) + netlink.attribute(_NFTA_RULE_TABLE, name.encode() + b"\0")
-        rules = await self._dump(_NFT_MSG_GETRULE, body)
+        rules = await self._dump(_NFT_MSG_GETRULE, body) or ()
         return sum(
             all(rule.buffer.find(text, rule.start, rule.end) < 0 for text in without) for rule in rules
         )
 
-    async def _dump(self, kind: int, body: bytes) -> list[Message]:
+    async def _dump(self, kind: int, body: bytes) -> list[Message] | None:
         try:
             datagrams = await self._requests.dump(kind, body)
         except KernelError:
-            return []
+            return None
         return [message for datagram in datagrams for message in netlink.parse_messages(datagram)]
 
 

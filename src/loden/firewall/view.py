@@ -153,17 +153,19 @@ class View:
             iptables_legacy=await self.count_legacy(),
         )
 
-    async def forwarding_chains(self) -> list[Place]:
-        """Base chains of nftables for what is passed on, iptables' and ours not among them."""
-        found = await self.kernel.forwarding_chains() if self.kernel is not None else []
+    async def forwarding_chains(self) -> list[Place] | None:
+        """Base chains of nftables for what is passed on, but iptables' and ours; None: not to be had now."""
+        found = await self.kernel.forwarding_chains() if self.kernel is not None else ()
+        if found is None:
+            return None
         return [
             place
             for place in found
             if place.family in ("ip", "ip6", "inet")
-            and f"{place.family} {place.table}" not in IPTABLES_TABLES
+            and f"{place.family} {place.table}" not in IPTABLES_TABLES | OUR_TABLES
         ]
 
     def dropping(self, places: Sequence[Place]) -> list[Place]:
-        """Those of these base chains of nftables whose policy is DROP now."""
+        """Those of these base chains of nftables that drop by policy now what is passed on."""
         found = self.kernel.find_chains(places) if self.kernel is not None else {}
-        return [place for place, one in found.items() if one.drops]
+        return [place for place, one in found.items() if one.drops and one.forwards]
