@@ -5,6 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Machines are shared, and the engine is tested in slow builds too: no test fails for the time that it takes.
+settings.register_profile("loden", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("loden")
 
 _HERE = Path(__file__).parent
 _KERNEL_FOLDERS = {"kernel", "end_to_end"}

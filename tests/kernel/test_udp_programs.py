@@ -373,7 +373,6 @@ def broken(wire: Wire, frame: bytes, bits: list[int], less: int) -> bytes:
 @given(data=st.data())
 @settings(
     max_examples=120,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 def test_program_and_reference_agree_on_whatever_comes(host: Host, data: st.DataObject) -> None:

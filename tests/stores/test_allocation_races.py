@@ -84,7 +84,7 @@ async def take(store: Store, wanted: Claim, *, then_release: bool) -> Record | N
     flannels=st.sets(st.integers(0, 15), max_size=6),
     seed=st.integers(0, 1 << 16),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_leases_never_overlap_whoever_writes(
     etcd: Cluster,
     *,
@@ -132,7 +132,7 @@ def test_leases_never_overlap_whoever_writes(
     released=st.sets(st.integers(0, 19)),
     seed=st.integers(0, 1 << 16),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_leases_never_overlap_in_memory(
     *, hosts: list[tuple[int, tuple[Family, ...]]], released: set[int], seed: int
 ) -> None:

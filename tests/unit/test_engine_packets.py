@@ -189,7 +189,7 @@ supers: st.SearchStrategy[Ip] = st.one_of(
 
 
 @given(supers, st.sampled_from([1, 7, 536, 1219, 1220, 1448, 8948, 65000]), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_super_packet_is_cut_as_the_kernel_would(packet: Ip, size: int, ecn: bool) -> None:
     inner = packet.inner
     assert isinstance(inner, Tcp | Udp)
@@ -201,7 +201,7 @@ def test_super_packet_is_cut_as_the_kernel_would(packet: Ip, size: int, ecn: boo
 
 
 @given(supers)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_super_packet_is_cut_the_same_without_a_sum_from_the_kernel(packet: Ip) -> None:
     whole = packets.super_packet(packet, 1000)
     assert _engine._segment(b"\0" + whole[1:]) == packets.segments(packet, 1000)
@@ -517,13 +517,13 @@ def traffic(draw: st.DrawFn) -> list[Ip]:
 
 
 @given(traffic())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_streams_come_out_as_they_went_in_under_loss_and_reordering(given_packets: list[Ip]) -> None:
     require_same_as_reference(given_packets)
 
 
 @given(supers, st.sampled_from([536, 1220, 8948]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_what_was_cut_is_merged_again_byte_for_byte(packet: Ip, size: int) -> None:
     cut = _engine._segment(packets.super_packet(packet, size))
     assert cut_with_options_aside(_engine._merge(cut)) == cut
@@ -555,7 +555,7 @@ def cut_with_options_aside(written: Sequence[bytes]) -> list[bytes]:
     ),
     st.integers(68, 9000),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_fragments_are_those_of_rfc_791(packet: Ip4, mtu: int) -> None:
     found = _engine._fragment(packet.bytes(), mtu)
     assert found == packets.fragments(packet, mtu)

@@ -56,7 +56,7 @@ peer_lists = st.lists(
 
 
 @given(peer_lists, st.lists(st.one_of(addresses4, addresses6), max_size=20))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_lookup_finds_the_longest_prefix(peers: list[Peer], addresses: list[bytes]) -> None:
     edges = [
         edge.to_bytes(len(peer.prefix), "big")
@@ -139,7 +139,7 @@ def changes(draw: st.DrawFn) -> tuple[list[Peer], list[tuple[bytes, int]]]:
 
 
 @given(st.lists(changes(), max_size=8))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_changes_add_up_to_what_a_dictionary_has(
     steps: list[tuple[list[Peer], list[tuple[bytes, int]]]],
 ) -> None:

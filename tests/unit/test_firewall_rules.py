@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loden.address import Family, Prefix
@@ -130,7 +130,6 @@ def packets(draw: st.DrawFn, setup: Setup) -> Packet:
     return Packet(address(), address(), draw(st.sampled_from((0, 0x4000, 0x4001, 0xC000, 0x8000))))
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_iptables_and_nftables_do_with_every_packet_what_the_table_says(data: st.DataObject) -> None:
     setup = data.draw(setups())
