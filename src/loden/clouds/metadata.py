@@ -14,7 +14,7 @@ from loden.errors import CloudError, CloudUnavailable
 #: For each answer, seconds. All of an instance's questions together have CloudCalls' limit.
 TIMEOUT_S = 2.0
 _MOST_BYTES = 1 << 20
-_SESSION_S = "300"
+_SESSION_S = 300
 
 
 class Metadata:
@@ -47,7 +47,7 @@ class Metadata:
         Raises:
             CloudUnavailable: nobody answers.
         """
-        status, token = self.ask("PUT", "/latest/api/token", {f"{header}-ttl-seconds": _SESSION_S})
+        status, token = self.ask("PUT", "/latest/api/token", {f"{header}-ttl-seconds": str(_SESSION_S)})
         if status == 200:
             self._headers[header] = token.strip()
 
