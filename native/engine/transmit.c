@@ -24,7 +24,7 @@ enum {
 			       to 128", v6.9) */
 	TX_MESSAGE = 65487, /* bytes in a message: its IP packet has 65535, headers of IPv6 and UDP included */
 	TX_PATIENCE_MS = 5, /* for a full socket; then packets are dropped, as a device does */
-	TX_REFUSALS = 3,    /* that one datagram has to hear, see is_final */
+	TX_REFUSALS = 3,    /* before a message is given up, see is_final */
 };
 
 /* Datagrams of one size for one peer, on their way into one system call. */
@@ -97,16 +97,16 @@ static enum drop reason_of(int error)
 }
 
 /*
- * Whether what a socket has refused is not to be sent again. What ICMP said about earlier datagrams waits at the socket,
- * if its owner wants to have it, and a call is told of it instead of sending, whomever to (sock_alloc_send_pskb).
+ * Whether what was refused is not to be sent again. Where the socket's owner wants to have what ICMP says, that waits at
+ * the socket, and the next call is told of an earlier datagram instead of sending, whomever to (sock_alloc_send_pskb).
  */
-static bool is_final(int socket, int error, unsigned int *refusals)
+static bool is_final(const struct transmitter *transmitter, bool is_ipv6, int error, unsigned int *refusals)
 {
 	if (error == EINTR)
 		return false;
-	if (error == EAGAIN || ++*refusals == TX_REFUSALS)
+	if (error == EAGAIN || !transmitter->worker->hears_icmp[is_ipv6] || ++*refusals == TX_REFUSALS)
 		return true;
-	worker_drain(socket);
+	worker_drain(transmitter->worker->udp[is_ipv6]);
 	return false;
 }
 
@@ -122,13 +122,13 @@ static int send_one(struct transmitter *transmitter, const struct peer *peer, st
 		.msg_iov = pieces,
 		.msg_iovlen = count,
 	};
-	int socket = socket_of(transmitter, peer);
+	bool is_ipv6 = peer->remote_size == 16;
 	unsigned int refusals = 0;
 	ssize_t sent;
 
 	do {
-		sent = sendmsg(socket, &header, MSG_DONTWAIT);
-	} while (sent < 0 && !is_final(socket, errno, &refusals));
+		sent = sendmsg(socket_of(transmitter, peer), &header, MSG_DONTWAIT);
+	} while (sent < 0 && !is_final(transmitter, is_ipv6, errno, &refusals));
 	if (sent < 0)
 		return -errno;
 	count_sent(transmitter, peer, 1, (uint32_t)sent);
@@ -286,9 +286,18 @@ static void seal(struct transmitter *transmitter, size_t index)
 /* Returns whether the socket has room again. */
 static bool wait_for_room(struct transmitter *transmitter)
 {
-	short events = POLLOUT;
+	for (unsigned int refusals = 0; refusals < TX_REFUSALS; refusals++) {
+		short events = POLLOUT;
 
-	return worker_wait(transmitter->worker, transmitter->socket, &events, TX_PATIENCE_MS) && (events & POLLOUT);
+		if (!worker_wait(transmitter->worker, transmitter->socket, &events, TX_PATIENCE_MS))
+			return false;
+		if (events & POLLOUT)
+			return true;
+		if (!(events & POLLERR))
+			return false;
+		worker_drain(transmitter->socket); /* what ICMP said wakes us too */
+	}
+	return false;
 }
 
 /* The first message from index on was refused. Returns how many messages are done with. */
@@ -331,7 +340,9 @@ static void flush(struct transmitter *transmitter)
 				    (unsigned int)(transmitter->message_count - done), MSG_DONTWAIT);
 
 		if (sent < 0) {
-			if (is_final(transmitter->socket, errno, &refusals)) {
+			bool is_ipv6 = transmitter->socket == transmitter->worker->udp[1];
+
+			if (is_final(transmitter, is_ipv6, errno, &refusals)) {
 				done += refused(transmitter, done, errno);
 				refusals = 0;
 			}

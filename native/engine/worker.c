@@ -6,13 +6,14 @@
 #include <sched.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 enum {
 	ICMP_PER_SECOND = 1000, /* RFC 4443 section 2.4 (f) wants a limit, RFC 1812 section 4.3.2.8 the same */
 	NEWS_PER_SECOND = 100,
 	PACE_MS = 20,		/* how often a worker looks how busy it is */
-	FAST_PER_MS = 30,	/* packets of wire size: some 350 Mbit/s of TCP */
+	FAST_PER_MS = 30,	/* packets in both directions: some 350 Mbit/s of TCP in packets of 1500 bytes */
 };
 
 /*
@@ -55,6 +56,19 @@ static uint64_t carried(struct engine *engine)
 	return packets;
 }
 
+/* The calls themselves: musl's functions of these names do nothing. */
+static long scheduler(void)
+{
+	return syscall(SYS_sched_getscheduler, 0);
+}
+
+static bool set_scheduler(int policy)
+{
+	static const struct sched_param none = {.sched_priority = 0};
+
+	return syscall(SYS_sched_setscheduler, 0, policy, &none) == 0;
+}
+
 /*
  * While the engine carries many packets, its workers do not take the processor from whoever sends or reads them
  * (SCHED_BATCH): those get further at a time, and the workers find more at a time, and find it in the cache. Of
@@ -63,7 +77,6 @@ static uint64_t carried(struct engine *engine)
  */
 static void follow_pace(struct worker *worker)
 {
-	static const struct sched_param none = {.sched_priority = 0};
 	struct pace *pace = &worker->pace;
 	struct timespec now;
 	uint64_t ms, packets;
@@ -75,9 +88,15 @@ static void follow_pace(struct worker *worker)
 		return;
 	packets = carried(worker->engine);
 	is_fast = packets - pace->packets >= (ms - pace->at_ms) * FAST_PER_MS;
-	if (is_fast != pace->is_fast && sched_getscheduler(0) == (is_fast ? SCHED_OTHER : SCHED_BATCH))
-		(void)sched_setscheduler(0, is_fast ? SCHED_BATCH : SCHED_OTHER, &none);
-	*pace = (struct pace){.at_ms = ms, .packets = packets, .is_fast = is_fast};
+	pace->at_ms = ms;
+	pace->packets = packets;
+	if (is_fast && !pace->is_batch && scheduler() == SCHED_OTHER) {
+		pace->is_batch = set_scheduler(SCHED_BATCH);
+	} else if (!is_fast && pace->is_batch) {
+		if (scheduler() == SCHED_BATCH)
+			(void)set_scheduler(SCHED_OTHER);
+		pace->is_batch = false;
+	}
 }
 
 bool worker_wait(struct worker *worker, int fd, short *events, int timeout_ms)
@@ -88,6 +107,8 @@ bool worker_wait(struct worker *worker, int fd, short *events, int timeout_ms)
 	};
 
 	follow_pace(worker);
+	if (worker->pace.is_batch && timeout_ms < 0)
+		timeout_ms = PACE_MS; /* so that the first packet after many finds an ordinary thread */
 	if (poll(polled, 2, timeout_ms) < 0 && errno != EINTR) {
 		worker_fail(worker, errno, "poll");
 		return false;

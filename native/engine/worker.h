@@ -14,11 +14,11 @@ struct ration {
 	unsigned int used;
 };
 
-/* How busy the engine was when a worker last looked. */
+/* How busy the engine was when a worker last looked, and what the worker made of it. */
 struct pace {
 	uint64_t at_ms;	  /* CLOCK_MONOTONIC_COARSE */
 	uint64_t packets; /* carried until then */
-	bool is_fast;
+	bool is_batch;	  /* scheduled so by its own choice */
 };
 
 struct worker {
@@ -29,6 +29,7 @@ struct worker {
 	char name[16];
 	int tun;
 	int udp[2]; /* IPv4, IPv6; -1: none. A receiver's own is the first. */
+	bool hears_icmp[2]; /* errors about datagrams of ours wait at the socket: IP_RECVERR */
 	int probe[2];
 	struct ration icmp, news;
 	struct pace pace;
