@@ -2,29 +2,46 @@
 """How this process stands against others where processors are short."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 #: In place of nice 0, which has a tenth of that weight (``sched_prio_to_weight``, kernel/sched/core.c).
 _NICE = -10
+_THREADS = Path("/proc/self/task")
 _SESSION = Path("/proc/self/autogroup")
+_HAS_SESSIONS = Path("/proc/sys/kernel/sched_autogroup_enabled")
 
 
 def go_first() -> str:
-    """Get processor time before ordinary processes do: this thread, and those that it starts from now on.
+    """Get processor time before ordinary processes, until this one ends: its threads, and programs it runs.
 
     With autogroups (sched(7)) a nice value counts within a session only, and sessions share alike, so that of
     the session goes down too if this process leads it: in a terminal's session it would be others' as well.
-    Whoever has started the process with another nice value has chosen, and is left alone.
+    Whoever has started the process with another nice value or scheduling policy has chosen, and is let be.
 
     Returns:
-        Empty; or why it has remained an ordinary process.
+        Empty; or what is missing of it, and what to change.
     """
-    if os.getpriority(os.PRIO_PROCESS, 0) != 0:
+    if os.getpriority(os.PRIO_PROCESS, 0) != 0 or os.sched_getscheduler(0) != os.SCHED_OTHER:
         return ""
     try:
-        os.setpriority(os.PRIO_PROCESS, 0, _NICE)
-        if os.getsid(0) == os.getpid() and _SESSION.exists():
-            _SESSION.write_text(str(_NICE))
+        for thread in _THREADS.iterdir():  # on Linux each has a nice value of its own
+            with suppress(ProcessLookupError):  # it has ended
+                os.setpriority(os.PRIO_PROCESS, int(thread.name), _NICE)
     except OSError as error:
-        return f"nice {_NICE}: {error.strerror}"
+        return f"nice {_NICE}: {error.strerror}; it takes CAP_SYS_NICE in the machine's own user namespace"
+    return _lift_session()
+
+
+def _lift_session() -> str:
+    try:
+        if _HAS_SESSIONS.read_text().strip() != "1":
+            return ""
+        if os.getsid(0) != os.getpid():
+            return f"nice {_NICE} counts in its session only: have it lead one of its own (setsid)"
+        _SESSION.write_text(str(_NICE))
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        return f"{_SESSION}: {error.strerror}, nice {_NICE} counts in its session only"
     return ""

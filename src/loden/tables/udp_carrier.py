@@ -296,9 +296,9 @@ def _start_engine(carrier: Carrier) -> None:
     )
     if carrier.fast is None:
         # Else whoever feeds it gets the processor first, and it finds long queues that no cache holds.
-        ordinary = go_first()
-        if ordinary:
-            log.info("udp engine has no priority over other processes: %s; give CAP_SYS_NICE", ordinary)
+        missing = go_first()
+        if missing:
+            log.info("udp engine may have to wait for processors: %s", missing)
     carrier.engine.start()
     # The programs take one datagram at a time: what is merged before they see it goes the long way.
     merge(carrier.socket, is_on=carrier.fast is None)
