@@ -2,13 +2,16 @@
 """The pure part of the lab's clouds: layout, wiring, the router's rules."""
 
 import os
+from pathlib import Path
 
+import msgspec
 import pytest
 
 from loden.address import Prefix, parse_address
 from loden.errors import LabError
 from loden.lab.clouds import catalogue
 from loden.lab.clouds.catalogue import CLOUDS, environment, require_installed
+from loden.lab.clouds.journal import Call, Journal, read_calls
 from loden.lab.clouds.machines import View
 from loden.lab.clouds.router import Wire, check_rules, route_commands
 from loden.lab.clouds.serve import machines, wires
@@ -97,3 +100,13 @@ class TestRouter:
         assert 'oifname "s0" ip daddr != 198.18.0.1 counter drop' in rules
         assert "s1" not in rules
         assert rules.startswith("table ip vpc {}\ndelete table ip vpc\n")
+
+
+def test_call_that_is_still_being_written_down_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "calls"
+    assert read_calls(file) == []
+    call = Call("DescribeRouteTables", False, {"Page": "1"}, "192.0.2.1", "ok")
+    Journal(file).note(call)
+    with file.open("ab") as being_written:
+        being_written.write(msgspec.json.encode(call)[:-3])
+    assert read_calls(file) == [call]

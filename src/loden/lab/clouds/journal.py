@@ -122,6 +122,7 @@ class Journal:
 def read_calls(file: Path) -> list[Call]:
     """The calls that a double in another process wrote down."""
     try:
-        return [msgspec.json.decode(line, type=Call) for line in file.read_bytes().splitlines()]
+        written, _, _ = file.read_bytes().rpartition(b"\n")  # the last line may be on its way
     except FileNotFoundError:
         return []
+    return [msgspec.json.decode(line, type=Call) for line in written.splitlines()]
