@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -132,6 +132,15 @@ def start_all(hosts: Hosts, text: str) -> list[Agent]:
     return agents
 
 
+def nice_values(agent: Agent) -> set[int]:
+    """Of all its threads."""
+    found = set()
+    for task in Path(f"/proc/{agent.pid}/task").iterdir():
+        with suppress(ProcessLookupError):  # it has ended
+            found.add(os.getpriority(os.PRIO_PROCESS, int(task.name)))
+    return found
+
+
 @pytest.mark.parametrize("acceleration", BOTH)
 def test_carries_everything_and_says_how(make_hosts: MakeHosts, acceleration: str) -> None:
     hosts = make_hosts()
@@ -143,8 +152,7 @@ def test_carries_everything_and_says_how(make_hosts: MakeHosts, acceleration: st
     for agent in agents:
         may = own == 0 and not agent.lines("wait for processors: nice -10: ")
         expected = -10 if acceleration == "engine" and may else own
-        tasks = Path(f"/proc/{agent.pid}/task").iterdir()
-        assert {os.getpriority(os.PRIO_PROCESS, int(task.name)) for task in tasks} == {expected}
+        assert nice_values(agent) == {expected}
     found = status(hosts[0])
     assert found["acceleration"] == acceleration
     assert bool(found["reason"]) is (acceleration == "engine")
