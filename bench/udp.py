@@ -338,39 +338,44 @@ def _peers(labs: Mapping[str, Lab], meter: Meter, program: pathlib.Path, rounds:
     """The same hosts with one peer, with thousands, with one again: other hosts would differ by more."""
     labs = {name: lab for name, lab in labs.items() if name != _VXLAN}
     paths = {name: fabric(lab) for name, lab in labs.items()}
-    tcp = {
-        (name, _TCP): functools.partial(meter.tcp, "peers", path, streams=1) for name, path in paths.items()
-    }
     small = {
         (name, _SMALL): functools.partial(_engine.datagrams, program, path, seconds=_DATAGRAMS_S)
         for name, path in paths.items()
     }
 
-    def carried() -> dict[tuple[str, str], list[float]]:
+    def carried(among: str) -> dict[tuple[str, str], list[float]]:
+        tcp = {
+            (name, _TCP): functools.partial(meter.tcp, f"{name}, {among}", path, streams=1)
+            for name, path in paths.items()
+        }
         return _engine.in_turns(tcp, rounds) | _engine.in_turns(small, 2 * rounds)
 
-    few, many = [carried()], []
+    one_peer, all_peers = "1 peer", f"{_PEERS:,} peers"
+    few, many = [carried(one_peer)], []
     for lab in labs.values():
         _let_reach_strangers(lab)
     for _ in range(_FILLS):
         for lab in labs.values():
             add_leases(_store(lab), _PEERS, "")
         _wait_for_peers(labs.values(), lambda count: count > _PEERS * 0.99)
-        many.append(carried())
+        many.append(carried(all_peers))
         for lab in labs.values():
             remove_leases(_store(lab))
         _wait_for_peers(labs.values(), lambda count: count == _HOSTS - 1)
-        few.append(carried())
+        few.append(carried(one_peer))
     for name, what in few[0]:
         alone, among = ([median(block[name, what]) for block in blocks] for blocks in (few, many))
         shares = [
             2 * found / (before + after)
             for found, before, after in zip(among, alone, alone[1:], strict=False)
         ]
-        subject = f"{what}, {name}, {_PEERS:,} peers"
+        subject = f"{what}, {name}, {all_peers}"
         unit = "Gbit/s" if what is _TCP else "/s"
-        yield figure(subject, median(among), unit, anchor=("1 peer", median(alone)))
-        yield figure(f"{subject} to 1 peer", median(shares), "times", ">= 0.97")
+        yield figure(subject, median(among), unit, anchor=(one_peer, median(alone)))
+        yield figure(f"{subject} to {one_peer}", median(shares), "times", ">= 0.97")
+    for name in paths:
+        spent, before = (median(meter.busy_s_per_gb[f"{name}, {count}"]) for count in (all_peers, one_peer))
+        yield figure(f"processor time for TCP, {name}, {all_peers}", spent, "s/GB", anchor=(one_peer, before))
 
 
 def _store(lab: Lab) -> pathlib.Path:
