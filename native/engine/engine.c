@@ -126,18 +126,6 @@ static int prepare_sockets(struct engine *engine)
 	return 0;
 }
 
-static bool hears_icmp(int fd, bool is_ipv6)
-{
-	int hears = 0;
-	socklen_t size = sizeof(hears);
-
-	if (fd < 0)
-		return false;
-	if (getsockopt(fd, is_ipv6 ? IPPROTO_IPV6 : IPPROTO_IP, is_ipv6 ? IPV6_RECVERR : IP_RECVERR, &hears, &size) < 0)
-		return false;
-	return hears != 0;
-}
-
 /* Life */
 
 static void worker_init(struct worker *worker, struct engine *engine, size_t number)
@@ -159,8 +147,6 @@ static void worker_init(struct worker *worker, struct engine *engine, size_t num
 	worker->tun = engine->tun[index];
 	worker->udp[0] = socket_of_family(engine, AF_INET, index);
 	worker->udp[1] = socket_of_family(engine, AF_INET6, index);
-	for (int i = 0; i < 2; i++)
-		worker->hears_icmp[i] = hears_icmp(worker->udp[i], i);
 	/* A kernel without IPv6 opens no such socket, and has no such path to ask for either. */
 	worker->probe[0] = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
 	worker->probe[1] = socket(AF_INET6, SOCK_DGRAM | SOCK_CLOEXEC, 0);

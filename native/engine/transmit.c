@@ -96,17 +96,27 @@ static enum drop reason_of(int error)
 	}
 }
 
+/* Whether the socket's owner wants to have what ICMP says about datagrams: it waits at the socket then. */
+static bool hears_icmp(int socket, bool is_ipv6)
+{
+	int hears = 0, level = is_ipv6 ? IPPROTO_IPV6 : IPPROTO_IP;
+	socklen_t size = sizeof(hears);
+
+	return getsockopt(socket, level, is_ipv6 ? IPV6_RECVERR : IP_RECVERR, &hears, &size) == 0 && hears != 0;
+}
+
 /*
- * Whether what was refused is not to be sent again. Where the socket's owner wants to have what ICMP says, that waits at
- * the socket, and the next call is told of an earlier datagram instead of sending, whomever to (sock_alloc_send_pskb).
+ * Whether what a socket has refused is not to be sent again. Where it hears ICMP, a call is told of an earlier datagram
+ * instead of sending, whomever to (sock_alloc_send_pskb).
  */
-static bool is_final(const struct transmitter *transmitter, bool is_ipv6, int error, unsigned int *refusals)
+static bool is_final(const struct transmitter *transmitter, int socket, int error, unsigned int *refusals)
 {
 	if (error == EINTR)
 		return false;
-	if (error == EAGAIN || !transmitter->worker->hears_icmp[is_ipv6] || ++*refusals == TX_REFUSALS)
+	if (error == EAGAIN || ++*refusals == TX_REFUSALS ||
+	    !hears_icmp(socket, socket == transmitter->worker->udp[1]))
 		return true;
-	worker_drain(transmitter->worker->udp[is_ipv6]);
+	worker_drain(socket);
 	return false;
 }
 
@@ -122,15 +132,16 @@ static int send_one(struct transmitter *transmitter, const struct peer *peer, st
 		.msg_iov = pieces,
 		.msg_iovlen = count,
 	};
-	bool is_ipv6 = peer->remote_size == 16;
+	int socket = socket_of(transmitter, peer), error = 0;
 	unsigned int refusals = 0;
 	ssize_t sent;
 
 	do {
-		sent = sendmsg(socket_of(transmitter, peer), &header, MSG_DONTWAIT);
-	} while (sent < 0 && !is_final(transmitter, is_ipv6, errno, &refusals));
-	if (sent < 0)
-		return -errno;
+		sent = sendmsg(socket, &header, MSG_DONTWAIT);
+		error = sent < 0 ? errno : 0;
+	} while (error && !is_final(transmitter, socket, error, &refusals));
+	if (error)
+		return -error;
 	count_sent(transmitter, peer, 1, (uint32_t)sent);
 	return 0;
 }
@@ -340,10 +351,10 @@ static void flush(struct transmitter *transmitter)
 				    (unsigned int)(transmitter->message_count - done), MSG_DONTWAIT);
 
 		if (sent < 0) {
-			bool is_ipv6 = transmitter->socket == transmitter->worker->udp[1];
+			int error = errno;
 
-			if (is_final(transmitter, is_ipv6, errno, &refusals)) {
-				done += refused(transmitter, done, errno);
+			if (is_final(transmitter, transmitter->socket, error, &refusals)) {
+				done += refused(transmitter, done, error);
 				refusals = 0;
 			}
 			continue;

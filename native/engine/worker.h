@@ -29,7 +29,6 @@ struct worker {
 	char name[16];
 	int tun;
 	int udp[2]; /* IPv4, IPv6; -1: none. A receiver's own is the first. */
-	bool hears_icmp[2]; /* errors about datagrams of ours wait at the socket: IP_RECVERR */
 	int probe[2];
 	struct ration icmp, news;
 	struct pace pace;
