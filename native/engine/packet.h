@@ -118,6 +118,12 @@ uint32_t cut_length(const struct cut *cut, uint32_t index);
  */
 void cut_header(const struct cut *cut, uint32_t index, const uint8_t *payload, uint32_t length, uint8_t *out);
 
+/*
+ * Describe a row of datagrams that the kernel never cut (SKB_GSO_UDP_L4), as it comes out of a tunnel: one packet whose
+ * checksum is the sum over the pseudo header, which devices want to have. size: payload bytes of each but the last.
+ */
+enum drop row_init(struct cut *ret, struct offload *offload, const struct packet *packet, uint16_t size);
+
 /* One flow's neighbouring segments, on their way to become one packet. */
 struct merge {
 	struct packet first;

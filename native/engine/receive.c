@@ -45,52 +45,40 @@ struct receiver {
 	uint64_t peer_packets, peer_bytes;
 };
 
-/* A super-packet that the kernel does not take goes as the packets that it was made of. */
-static int write_apart(struct receiver *receiver, const struct offload *offload, struct merge *merge)
+/*
+ * A super-packet that the kernel does not take goes as the packets that it was made of.
+ *
+ * merge: where its payloads are; NULL: one behind the other.
+ */
+static int write_apart(struct receiver *receiver, const struct cut *cut, const struct merge *merge)
 {
 	const struct offload plain = {.type = OFFLOAD_NONE};
-	struct packet whole = merge->first;
 	uint8_t header[CUT_HEADERS_MAX];
-	struct cut cut;
 	int result = 0;
 
-	whole.length = merge->header + merge->total;
-	if (cut_init(&cut, offload, &whole) != DROP_NONE)
-		return -EINVAL;
-	for (uint32_t i = 0; i < merge->count && result != -EBADFD; i++) {
-		uint8_t *payload = (uint8_t *)merge->pieces[i].iov_base + (i == 0 ? merge->header : 0);
-		uint32_t length = cut_length(&cut, i);
-		struct iovec pieces[2] = {
-			{.iov_base = header, .iov_len = cut.header},
-			{.iov_base = payload, .iov_len = length},
-		};
+	for (uint32_t i = 0; i < cut->count && result != -EBADFD; i++) {
+		const uint8_t *payload = cut->payload + (size_t)i * cut->size;
+		uint32_t length = cut_length(cut, i);
+		struct iovec pieces[2] = {{.iov_base = header, .iov_len = cut->header}, {.iov_len = length}};
 
-		cut_header(&cut, i, payload, length, header);
+		if (merge != NULL && i > 0)
+			payload = merge->pieces[i].iov_base;
+		cut_header(cut, i, payload, length, header);
+		pieces[1].iov_base = (void *)(uintptr_t)payload;
 		result = worker_write(receiver->worker, &plain, pieces, 2);
 	}
 	return result;
 }
 
-static void on_merged(void *context, const struct offload *offload, struct merge *merge)
+/* What came of writing so many packets. */
+static void count_written(struct receiver *receiver, int result, uint32_t packets, uint64_t bytes)
 {
-	struct receiver *receiver = context;
 	struct worker *worker = receiver->worker;
-	int result;
 
-	if (receiver->is_gone)
-		return;
-	result = worker_write(worker, offload, merge->pieces, merge->count);
-	if (result == -EINVAL && offload->type == OFFLOAD_UDP) {
-		/* 399e0827642f ("driver/net/tun: Added features for USO.", v6.2) */
-		receiver->merger.no_udp = true;
-		result = write_apart(receiver, offload, merge);
-	} else if (result == 0 && merge->count > 1) {
-		worker_count(worker, COUNT_MERGED, merge->count);
-	}
 	switch (result) {
 	case 0:
-		worker_count(worker, COUNT_RX_PACKETS, merge->count);
-		worker_count(worker, COUNT_RX_BYTES, (uint64_t)merge->count * merge->header + merge->total);
+		worker_count(worker, COUNT_RX_PACKETS, packets);
+		worker_count(worker, COUNT_RX_BYTES, bytes);
 		break;
 	case -EBADFD:
 		receiver->is_gone = true;
@@ -98,12 +86,34 @@ static void on_merged(void *context, const struct offload *offload, struct merge
 	case -EAGAIN:
 	case -ENOBUFS:
 	case -ENOMEM:
-		worker_drop(worker, DROP_FULL, merge->count);
+		worker_drop(worker, DROP_FULL, packets);
 		break;
 	default: /* EIO: the device is down */
-		worker_drop(worker, DROP_REFUSED, merge->count);
+		worker_drop(worker, DROP_REFUSED, packets);
 		break;
 	}
+}
+
+static void on_merged(void *context, const struct offload *offload, struct merge *merge)
+{
+	struct receiver *receiver = context;
+	struct worker *worker = receiver->worker;
+	struct packet whole = merge->first;
+	struct cut cut;
+	int result;
+
+	if (receiver->is_gone)
+		return;
+	result = worker_write(worker, offload, merge->pieces, merge->count);
+	whole.length = merge->header + merge->total;
+	if (result == -EINVAL && offload->type == OFFLOAD_UDP && cut_init(&cut, offload, &whole) == DROP_NONE) {
+		/* 399e0827642f ("driver/net/tun: Added features for USO.", v6.2) */
+		receiver->merger.no_udp = true;
+		result = write_apart(receiver, &cut, merge);
+	} else if (result == 0 && merge->count > 1) {
+		worker_count(worker, COUNT_MERGED, merge->count);
+	}
+	count_written(receiver, result, merge->count, (uint64_t)merge->count * merge->header + merge->total);
 }
 
 static void count_peer(struct receiver *receiver)
@@ -130,27 +140,64 @@ static const struct peer *peer_of(struct receiver *receiver, const struct packet
 	return receiver->peer;
 }
 
-static enum drop take(struct receiver *receiver, uint32_t endpoint, uint8_t *data, size_t length)
+/* Whether a packet may come in here from there; one hop older then. */
+static enum drop admit(struct receiver *receiver, uint32_t endpoint, uint8_t *data, size_t length,
+		       struct packet *packet)
 {
 	bool is_open = receiver->worker->engine->allow_unknown;
 	const struct peer *peer;
-	struct packet packet;
 	enum drop reason;
 
 	if (endpoint == ENDPOINT_UNKNOWN && !is_open)
 		return DROP_UNKNOWN_PEER;
-	reason = packet_parse(&packet, data, length);
+	reason = packet_parse(packet, data, length);
 	if (reason != DROP_NONE)
 		return reason;
-	peer = peer_of(receiver, &packet);
+	peer = peer_of(receiver, packet);
 	if (!is_open && (peer == NULL || peer->endpoint != endpoint))
 		return DROP_SPOOFED;
-	reason = packet_forward(&packet);
+	return packet_forward(packet);
+}
+
+static enum drop take(struct receiver *receiver, uint32_t endpoint, uint8_t *data, size_t length)
+{
+	struct packet packet;
+	enum drop reason = admit(receiver, endpoint, data, length, &packet);
+
 	if (reason != DROP_NONE)
 		return reason;
 	receiver->peer_packets++;
 	receiver->peer_bytes += packet.length;
 	merger_put(&receiver->merger, &packet);
+	return DROP_NONE;
+}
+
+/* Datagrams in a row that were never cut: one packet, with so many bytes of payload in each of them. */
+static enum drop take_row(struct receiver *receiver, uint32_t endpoint, uint8_t *data, size_t length, size_t size)
+{
+	struct worker *worker = receiver->worker;
+	struct iovec piece = {.iov_base = data, .iov_len = length};
+	struct offload offload;
+	struct packet packet;
+	struct cut cut;
+	uint64_t bytes;
+	int result;
+	enum drop reason = admit(receiver, endpoint, data, length, &packet);
+
+	if (reason == DROP_NONE)
+		reason = packet.length == length ? row_init(&cut, &offload, &packet, (uint16_t)size) : DROP_LENGTH;
+	if (reason != DROP_NONE)
+		return reason;
+	bytes = (uint64_t)cut.count * cut.header + cut.total;
+	receiver->peer_packets += cut.count;
+	receiver->peer_bytes += bytes;
+	merger_flush(&receiver->merger); /* what came before */
+	result = worker_write(worker, &offload, &piece, 1);
+	if (result == 0)
+		worker_count(worker, COUNT_MERGED, cut.count);
+	else if (result == -EINVAL) /* no USO, or more of them than UDP_MAX_SEGMENTS of this kernel */
+		result = write_apart(receiver, &cut, NULL);
+	count_written(receiver, result, cut.count, bytes);
 	return DROP_NONE;
 }
 
@@ -184,6 +231,14 @@ static void take_message(struct receiver *receiver, struct mmsghdr *header)
 		return;
 	}
 	endpoint = table_endpoint(receiver->table, from, header->msg_hdr.msg_namelen);
+	if (worker->takes_rows && size < left) {
+		enum drop reason = take_row(receiver, endpoint, data, left, size);
+
+		worker_count(worker, COUNT_UDP_PACKETS, 1);
+		if (reason != DROP_NONE)
+			worker_drop(worker, reason, 1);
+		return;
+	}
 	do {
 		size_t length = left < size ? left : size;
 		enum drop reason = take(receiver, endpoint, data, length);

@@ -109,6 +109,23 @@ enum drop cut_init(struct cut *ret, const struct offload *offload, const struct 
 	return DROP_NONE;
 }
 
+enum drop row_init(struct cut *ret, struct offload *offload, const struct packet *packet, uint16_t size)
+{
+	enum drop reason;
+
+	*offload = (struct offload){
+		.flags = OFFLOAD_NEEDS_CHECKSUM,
+		.type = OFFLOAD_UDP,
+		.size = size,
+		.checksum_start = packet->network,
+		.checksum_offset = UDP_CHECKSUM,
+	};
+	reason = cut_init(ret, offload, packet);
+	if (reason == DROP_NONE)
+		offload->header = (uint16_t)ret->header;
+	return reason;
+}
+
 uint32_t cut_length(const struct cut *cut, uint32_t index)
 {
 	return index + 1 < cut->count ? cut->size : cut->total - index * cut->size;

@@ -29,6 +29,7 @@ struct worker {
 	char name[16];
 	int tun;
 	int udp[2]; /* IPv4, IPv6; -1: none. A receiver's own is the first. */
+	bool takes_rows; /* of datagrams that were never cut */
 	int probe[2];
 	struct ration icmp, news;
 	struct pace pace;
@@ -46,7 +47,8 @@ struct engine {
 	size_t worker_count;
 	int tun[ENGINE_DESCRIPTORS];
 	int udp[ENGINE_DESCRIPTORS];
-	size_t tun_count, udp_count;
+	int rows[ENGINE_DESCRIPTORS];
+	size_t tun_count, udp_count, row_count;
 	uint8_t source4[4], source6[16];
 	bool has_source4, has_source6, allow_unknown;
 	int stop_event; /* readable: workers end */

@@ -26,6 +26,7 @@ class Engine:
         cls,
         tun: Sequence[int],
         udp: Sequence[int],
+        rows: Sequence[int],
         *,
         source4: bytes = b"",
         source6: bytes = b"",
@@ -40,6 +41,9 @@ class Engine:
             udp: bound UDP sockets of any family, 1 to 64, in which ``IP_MTU_DISCOVER`` is set to ``DO``. They
                 become non-blocking, get ``UDP_GRO``, and a receiver reads each; datagrams leave through one
                 of the family of the peer's outer address.
+            rows: the same, 0 to 64, of sockets where rows of datagrams come that were never cut: one packet
+                with headers once, and ``UDP_GRO`` says how many bytes of payload each datagram has. Nothing
+                is sent through them.
             source4: this host's tunnel address, where ICMP errors come from; without it there are none. The
                 kernel takes them from that address only where the device's ``accept_local`` is 1.
             source6: the same of IPv6.
