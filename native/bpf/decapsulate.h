@@ -55,6 +55,23 @@ static inline bool is_row(const struct __sk_buff *skb, __u8 protocol)
 	return skb->gso_size && protocol != IPPROTO_TCP;
 }
 
+/*
+ * The engine writes a row to the TUN device as it is, without that mark. It has a socket for rows, because the one of
+ * our port must not let the kernel merge datagrams before they come here, and then gets each by itself. If there is no such
+ * socket, or it has gone with its agent, the row goes the usual way.
+ */
+static inline int pass_row(struct __sk_buff *skb)
+{
+	__u32 place = 0;
+	struct bpf_sock *socket = bpf_map_lookup_elem(&row_socket, &place);
+
+	if (socket) {
+		bpf_sk_assign(skb, socket, 0);
+		bpf_sk_release(socket);
+	}
+	return pass(FROM_ENGINE);
+}
+
 static inline int decapsulate4(struct __sk_buff *skb)
 {
 	const __u32 headers = sizeof(struct headers4);
@@ -90,8 +107,10 @@ static inline int decapsulate4(struct __sk_buff *skb)
 	/* Options, bytes behind the packet, several datagrams that the card has merged into one (UDP GRO). */
 	has_sum = outer->udp.check;
 	if (inner->ihl != sizeof(*inner) / 4 || bpf_ntohs(inner->tot_len) != length ||
-	    (has_sum && length < sizeof(*inner) + FIRST_BYTES) || is_row(skb, inner->protocol))
+	    (has_sum && length < sizeof(*inner) + FIRST_BYTES))
 		return pass(FROM_ENGINE);
+	if (is_row(skb, inner->protocol))
+		return pass_row(skb);
 	if (header_sum(inner) != 0xffff)
 		return drop(DROP_CHECKSUM);
 
@@ -143,8 +162,10 @@ static inline int decapsulate6(struct __sk_buff *skb)
 		return drop(DROP_LENGTH);
 	has_sum = outer->udp.check;
 	if (bpf_ntohs(inner->payload_len) + sizeof(*inner) != length ||
-	    (has_sum && length < sizeof(*inner) + FIRST_BYTES) || is_row(skb, inner->nexthdr))
+	    (has_sum && length < sizeof(*inner) + FIRST_BYTES))
 		return pass(FROM_ENGINE);
+	if (is_row(skb, inner->nexthdr))
+		return pass_row(skb);
 
 	copy6(from.address, inner->saddr.in6_u.u6_addr32);
 	peer = bpf_map_lookup_elem(&peers6, &from);

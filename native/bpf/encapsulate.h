@@ -35,9 +35,10 @@ static inline __u32 wire_length(const struct __sk_buff *skb, __u32 header)
 	return skb->gso_size ? header + 60 + skb->gso_size : skb->len;
 }
 
+/* SCTP's pieces are of different sizes, which no helper puts headers in front of; the device cuts them for the engine. */
 static inline bool fits(const struct __sk_buff *skb, __u32 mtu, __u32 header, __u32 outer)
 {
-	return skb->len + outer <= (skb->gso_size ? MOST_LENGTH : MOST_WHOLE) &&
+	return skb->gso_size != GSO_BY_FRAGS && skb->len + outer <= (skb->gso_size ? MOST_LENGTH : MOST_WHOLE) &&
 	       (!mtu || wire_length(skb, header) <= mtu);
 }
 

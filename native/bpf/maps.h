@@ -16,6 +16,7 @@
 #define MOST_PEERS 131072
 #define MOST_LENGTH 65535 /* of an IP packet, and so of an outer one */
 #define MOST_WHOLE 15360 /* of a packet that is none of several: the kernel adds room to four pages of memory at most */
+#define GSO_BY_FRAGS 0xffff /* linux/skbuff.h */
 #define AF_INET 2
 #define AF_INET6 10
 #define IP_DF 0x4000
@@ -110,6 +111,14 @@ struct {
 	__type(key, struct remote);
 	__type(value, __u32);
 } remotes SEC(".maps");
+
+/* Where rows of datagrams go that were never cut: a socket of the engine's. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKMAP);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} row_socket SEC(".maps");
 
 /* Indexes of the counters; tables/udp_bpf.py has their names, in this order. */
 enum counter {

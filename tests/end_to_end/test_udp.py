@@ -227,6 +227,27 @@ def test_mixed_cluster(make_hosts: MakeHosts) -> None:
         require_all_kinds([host.container() for host in hosts])
 
 
+def test_row_that_nobody_has_cut_is_handed_on_as_one(make_hosts: MakeHosts) -> None:
+    """Over a virtual wire it comes encapsulated and whole, and so the engine gets it; a new agent's too."""
+    hosts = make_hosts()
+    agents = start_all(hosts, network("ebpf"))
+    source, target = (host.container() for host in hosts)
+
+    def carried() -> dict[str, int]:
+        engine = status(hosts[1])["engine"]
+        assert isinstance(engine, dict)
+        return {name: engine[name] for name in ("udp_packets", "tun_writes", "merged")}
+
+    before = carried()
+    assert not any(before.values())
+    for _ in range(2):
+        require_datagrams_arrive(source, target)
+        wait_until("the row", lambda: carried() == {"udp_packets": 1, "tun_writes": 1, "merged": 21})
+        agents[1].kill()
+        agents[1] = hosts[1].start("--iface", "eth0", "--healthz-port", str(STATUS_PORT))
+        agents[1].wait_ready()
+
+
 def test_killed_and_started_again_no_packet_is_lost(make_hosts: MakeHosts) -> None:
     hosts = make_hosts()
     agents = start_all(hosts, network("ebpf"))

@@ -13,6 +13,7 @@
     struct remote   { u8 address[16]; be16 port; u16 pad; };
 """
 
+import socket
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -118,6 +119,14 @@ class FastPath:
     def close(self) -> None:
         """Let go; idempotent. What is attached stays."""
         self._object.close()
+
+    def take_rows(self, opened: socket.socket) -> None:
+        """Hand rows of datagrams that were never cut to a UDP socket, for as long as it is open.
+
+        Raises:
+            KernelError: the kernel refused it.
+        """
+        self._object.maps["row_socket"].put(struct.pack("=I", 0), struct.pack("=Q", opened.fileno()))
 
     def put(self, peer: UdpPeer, index: int) -> None:
         """Write a peer, new or changed.

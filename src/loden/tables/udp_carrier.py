@@ -23,7 +23,7 @@ from loden.tables.base import Failures
 from loden.tables.devices import Devices
 from loden.tables.entries import UdpPeer, UdpTunnel
 from loden.tables.tun import open_queue
-from loden.tables.udp_sockets import merge, open_bound
+from loden.tables.udp_sockets import merge, open_bound, open_for_rows
 
 if TYPE_CHECKING:
     from loden.tables.bpf import Program
@@ -70,6 +70,7 @@ class Carrier:
         except BaseException:
             self.socket.close()
             raise
+        self.row_socket: socket.socket | None = None
         self.engine: Engine | None = None
         self.fast: FastPath | None = None
         self.reason = ""  # why there is no fast path; empty where there is one
@@ -82,6 +83,8 @@ class Carrier:
             self.fast.close()
         os.close(self.queue)
         self.socket.close()
+        if self.row_socket is not None:
+            self.row_socket.close()
 
     @property
     def is_sound(self) -> bool:
@@ -287,9 +290,13 @@ def _start_engine(carrier: Carrier) -> None:
         )
         return
     is_ipv4 = Family.of(entry.source) is Family.IPV4
+    if carrier.fast is not None:
+        carrier.row_socket = open_for_rows(Family.of(entry.local))
+        carrier.fast.take_rows(carrier.row_socket)
     carrier.engine = engine.Engine(
         [carrier.queue],
         [carrier.socket.fileno()],
+        [] if carrier.row_socket is None else [carrier.row_socket.fileno()],
         source4=entry.source if is_ipv4 else b"",
         source6=b"" if is_ipv4 else entry.source,
         allow_unknown=entry.allow_unknown,
