@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loden.address import Prefix, parse_address
-from loden.tables.bpf import run_once
+from loden.tables.bpf import Program, run_once
 from loden.tables.entries import UdpPeer
 from loden.tables.udp_bpf import FastPath, Settings
 from tests.kernel.datagrams import REDIRECT, UNSPEC, WIRES, Wire, ethernet, ones_sum
@@ -39,10 +39,12 @@ class Host:
         for subnet, (remote, port) in wire.peers.items():
             self.path.put(UdpPeer("", Prefix.parse(subnet), parse_address(remote), port, ""), LOOPBACK)
 
-    def run(self, frame: bytes, context: bytes = b"") -> tuple[int, bytes, dict[str, int]]:
+    def run(
+        self, frame: bytes, context: bytes = b"", *, program: Program | None = None
+    ) -> tuple[int, bytes, dict[str, int]]:
         """The verdict, the frame afterwards, and the counters that it moved."""
         before = self.path.counters()
-        verdict, out = run_once(self.path.decapsulate, frame, context=context)
+        verdict, out = run_once(program or self.path.decapsulate, frame, context=context)
         after = self.path.counters()
         return (
             verdict,
@@ -247,6 +249,19 @@ class TestForTheEngine:
     def test_datagram_with_a_checksum_around_hardly_anything(self, host: Host, size: int) -> None:
         packet = inner(host.wire, bytes(size))
         assert host.check(arriving(host.wire, packet, check=1)) == {"from_engine": 1}
+
+
+class TestSuperPacket:
+    @pytest.mark.parametrize(("size", "counter"), [(0xFFFF, "to_engine"), (1000, "failed")])
+    def test_pieces_of_different_sizes_leave_by_the_engine(self, host: Host, size: int, counter: str) -> None:
+        """SCTP's (``GSO_BY_FRAGS``); of others it is tried, but the kernel's test cannot say what they are.
+
+        The test takes a packet's first bytes for an Ethernet header, so the source names the protocol there.
+        """
+        source = "8.0.1.2" if host.wire is IPV4 else "2001:db8:86dd::1"
+        packet = host.wire.packet(source, sender(host.wire)[0], bytes(3000))
+        _, _, counted = host.run(packet, sk_buff(gso_size=size, gso_segs=3), program=host.path.encapsulate)
+        assert counted == {counter: 1}
 
 
 class TestBroken:
