@@ -22,6 +22,7 @@ from loden.backends.udp import DEVICES
 from loden.lab import namespaces, probe
 from loden.lab.lab import running
 from loden.lab.topology import Spec, Stack, Topology
+from loden.priority import NICE
 from loden.tables.udp_probe import inner_packet
 from tests.end_to_end.conftest import MakeHosts
 from tests.end_to_end.hosts import Agent, Host, Hosts, Pinger, wait_until
@@ -150,8 +151,8 @@ def test_carries_everything_and_says_how(make_hosts: MakeHosts, acceleration: st
         agent.wait_line(f"udp acceleration={acceleration} device=flannel0")
     own = os.getpriority(os.PRIO_PROCESS, 0)
     for agent in agents:
-        may = own == 0 and not agent.lines("wait for processors: nice -10: ")
-        expected = -10 if acceleration == "engine" and may else own
+        may = own == 0 and not agent.lines(f"wait for processors: nice {NICE}: ")
+        expected = NICE if acceleration == "engine" and may else own
         assert nice_values(agent) == {expected}
     found = status(hosts[0])
     assert found["acceleration"] == acceleration

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from loden.priority import NICE
+
 _NOBODY = 65534
 
 # Prints the nice values of its threads, of a program that it runs, and of its session; then what was said.
@@ -51,7 +53,7 @@ def go_first(
 @pytest.fixture
 def session() -> str:
     """The nice value of this process's own session, where sessions have one; and processes may go first."""
-    probe = [sys.executable, "-c", "import os; os.setpriority(os.PRIO_PROCESS, 0, -10)"]
+    probe = [sys.executable, "-c", "import os; os.setpriority(os.PRIO_PROCESS, 0, -1)"]
     if subprocess.run(probe, capture_output=True, check=False).returncode:
         pytest.skip("needs CAP_SYS_NICE in the machine's own user namespace")
     group = Path("/proc/self/autogroup")
@@ -65,13 +67,14 @@ def are_sessions_scheduled() -> bool:
 
 
 def test_process_and_the_session_that_it_leads_go_first(session: str) -> None:
-    expected = "-10" if are_sessions_scheduled() else session
-    assert go_first(leads_session=True) == ["-10", "-10", expected, ""]
+    own = str(NICE)
+    expected = own if are_sessions_scheduled() else session
+    assert go_first(leads_session=True) == [own, own, expected, ""]
 
 
 def test_session_of_others_stays_as_it_is_which_is_said(session: str) -> None:
     *values, said = go_first(leads_session=False)
-    assert values == ["-10", "-10", session]
+    assert values == [str(NICE), str(NICE), session]
     assert ("session only" in said) == are_sessions_scheduled()
 
 
@@ -88,4 +91,4 @@ def test_scheduling_policy_that_was_given_is_kept() -> None:
 def test_user_without_the_right_is_told(session: str) -> None:
     threads, child, _, said = go_first(leads_session=True, user=_NOBODY)
     assert (threads, child) == ("0", "0")
-    assert said.startswith("nice -10: Permission denied; it takes CAP_SYS_NICE")
+    assert said.startswith(f"nice {NICE}: Permission denied; it takes CAP_SYS_NICE")
