@@ -39,7 +39,7 @@ def is_available() -> bool:
     return shutil.which("iperf3") is not None
 
 
-def tcp(path: Path, *, streams: int = 1, seconds: float, congestion: str = "") -> float:
+def tcp(path: Path, *, streams: int = 1, seconds: int, congestion: str = "") -> float:
     """What connections carry at the same time, in Gbit/s as the receivers see it.
 
     Each has processes of its own: iperf3 before 3.16 has one thread for all its streams, and with four of
@@ -48,7 +48,8 @@ def tcp(path: Path, *, streams: int = 1, seconds: float, congestion: str = "") -
     Args:
         path: from where to where.
         streams: how many connections.
-        seconds: to measure, behind half a second that does not count; blocks for as long.
+        seconds: to measure, behind half a second that does not count; blocks for as long. iperf3 takes no
+            fractions, and 0 for ever.
         congestion: the senders' congestion control; empty for the host's.
 
     Raises:
@@ -71,7 +72,7 @@ def tcp(path: Path, *, streams: int = 1, seconds: float, congestion: str = "") -
             _start(
                 (
                     *("--client", there, "--bind", here, "--port", port, "--connect-timeout", "3000"),
-                    *("--time", f"{seconds:g}", "--omit", f"{_SETTLE_S:g}", "--json"),
+                    *("--time", str(seconds), "--omit", f"{_SETTLE_S:g}", "--json"),
                     *congested,
                 ),
                 path.source,

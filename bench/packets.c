@@ -5,9 +5,13 @@
  *
  *   packets push SOCKET SECONDS            write to a connected TCP socket
  *   packets pull SOCKET SECONDS            read from one; prints the bytes of that time
- *   packets flood SOCKET SECONDS BYTES ROW send datagrams on a connected UDP socket, as many as ROW of them
- *                                          in a row with UDP_SEGMENT, so that the source costs little
- *   packets sink SOCKET SECONDS            receive datagrams; prints how many came in that time
+ *   packets flood SOCKET SECONDS RATE BYTES ROW
+ *                                          send RATE datagrams a second, or (0) as many as can be, on a connected
+ *                                          UDP socket, ROW at a time (UDP_SEGMENT), so that the source costs little
+ *   packets emit SOCKET SECONDS RATE HEX   send a frame on a bound packet socket as often: each by itself, at a
+ *                                          fraction of what a UDP socket costs
+ *   packets sink SOCKET SECONDS            receive datagrams; prints how many came in that time. With UDP_GRO on
+ *                                          the socket it takes several at once, if the kernel has them so
  *   packets ask SOCKET SECONDS BYTES       send a datagram, wait for the answer, again; prints p50 and p99 in
  *                                          microseconds, how many were answered, and how many were not
  *   packets answer SOCKET                  send each datagram back to where it came from, until it is ended
@@ -32,8 +36,13 @@
 #ifndef UDP_SEGMENT
 #define UDP_SEGMENT 103 /* linux/udp.h */
 #endif
+#ifndef UDP_GRO
+#define UDP_GRO 104
+#endif
 
-enum { BATCH = 64, BUFFER = 1 << 18, MOST_ANSWERS = 1 << 20, PATIENCE_MS = 100 };
+enum { BATCH = 64, BUFFER = 1 << 19, MOST_ANSWERS = 1 << 20, PATIENCE_MS = 100 };
+
+#define SHORTEST_S 30e-6 /* a sleep takes longer */
 
 static double now(void)
 {
@@ -86,29 +95,79 @@ static void prepare(struct mmsghdr *messages, struct iovec *pieces, char *buffer
 	}
 }
 
-static int flood(int fd, double seconds, size_t size, size_t row)
+static void wait_until(double time)
 {
-	static char buffer[BUFFER];
+	double left = time - now();
+	struct timespec pause = {.tv_nsec = (long)(left * 1e9)};
+
+	if (left > SHORTEST_S && left < 1)
+		nanosleep(&pause, NULL);
+}
+
+/* Send the same bytes for so long. rate: messages a second; 0: as many as can be. */
+static void repeat(int fd, double seconds, double rate, char *bytes, size_t size)
+{
 	struct mmsghdr messages[BATCH];
 	struct iovec pieces[BATCH];
-	double end = now() + seconds;
+	double start = now(), end = start + seconds, sent = 0;
+
+	prepare(messages, pieces, bytes, 0);
+	for (size_t i = 0; i < BATCH; i++)
+		pieces[i].iov_len = size;
+	while (now() < end) {
+		(void)!sendmmsg(fd, messages, BATCH, 0);
+		sent += BATCH;
+		if (rate > 0)
+			wait_until(start + sent / rate);
+	}
+}
+
+static int flood(int fd, double seconds, double rate, size_t size, size_t row)
+{
+	static char buffer[BUFFER];
 	int segment = (int)size;
 
 	if (size > BUFFER / BATCH || row < 1 || row > BATCH)
 		return 2;
 	if (row > 1 && setsockopt(fd, IPPROTO_UDP, UDP_SEGMENT, &segment, sizeof(segment)) < 0)
 		return 1;
-	prepare(messages, pieces, buffer, size);
-	for (size_t i = 0; i < BATCH; i++)
-		pieces[i] = (struct iovec){.iov_base = buffer, .iov_len = size * row};
-	while (now() < end)
-		(void)!sendmmsg(fd, messages, BATCH, 0);
+	repeat(fd, seconds, rate / (double)row, buffer, size * row);
 	return 0;
+}
+
+static int emit(int fd, double seconds, double rate, const char *hex)
+{
+	static char frame[BUFFER];
+	size_t size = 0;
+
+	for (unsigned int byte; size < BUFFER && sscanf(hex, "%2x", &byte) == 1; hex += 2)
+		frame[size++] = (char)byte;
+	if (size == 0 || *hex)
+		return 2;
+	repeat(fd, seconds, rate, frame, size);
+	return 0;
+}
+
+/* Datagrams in a message: the kernel says how large each is where it has put several together. */
+static uint64_t datagrams_in(struct mmsghdr *message)
+{
+	unsigned int length = message->msg_len;
+	int size = 0;
+
+	for (struct cmsghdr *one = CMSG_FIRSTHDR(&message->msg_hdr); one; one = CMSG_NXTHDR(&message->msg_hdr, one)) {
+		if (one->cmsg_level == IPPROTO_UDP && one->cmsg_type == UDP_GRO)
+			memcpy(&size, CMSG_DATA(one), sizeof(size));
+	}
+	return size > 0 ? (length + (unsigned int)size - 1) / (unsigned int)size : 1;
 }
 
 static int sink(int fd, double seconds)
 {
 	static char buffer[BUFFER];
+	static union {
+		char space[CMSG_SPACE(sizeof(int))];
+		struct cmsghdr align;
+	} controls[BATCH];
 	struct mmsghdr messages[BATCH];
 	struct iovec pieces[BATCH];
 	double start = now(), elapsed = 0;
@@ -121,9 +180,13 @@ static int sink(int fd, double seconds)
 
 		if (poll(&polled, 1, 10) == 0)
 			continue;
+		for (size_t i = 0; i < BATCH; i++) {
+			messages[i].msg_hdr.msg_control = &controls[i];
+			messages[i].msg_hdr.msg_controllen = sizeof(controls[i]);
+		}
 		count = recvmmsg(fd, messages, BATCH, MSG_DONTWAIT, NULL);
-		if (count > 0)
-			received += (uint64_t)count;
+		for (int i = 0; i < count; i++)
+			received += datagrams_in(&messages[i]);
 	}
 	printf("%.0f\n", (double)received / elapsed);
 	return 0;
@@ -220,8 +283,11 @@ int main(int count, char **words)
 		return push(atoi(words[2]), atof(words[3]));
 	if (count == 4 && strcmp(what, "pull") == 0)
 		return pull(atoi(words[2]), atof(words[3]));
-	if (count == 6 && strcmp(what, "flood") == 0)
-		return flood(atoi(words[2]), atof(words[3]), (size_t)atoi(words[4]), (size_t)atoi(words[5]));
+	if (count == 7 && strcmp(what, "flood") == 0)
+		return flood(atoi(words[2]), atof(words[3]), atof(words[4]), (size_t)atoi(words[5]),
+			     (size_t)atoi(words[6]));
+	if (count == 6 && strcmp(what, "emit") == 0)
+		return emit(atoi(words[2]), atof(words[3]), atof(words[4]), words[5]);
 	if (count == 4 && strcmp(what, "sink") == 0)
 		return sink(atoi(words[2]), atof(words[3]));
 	if (count == 5 && strcmp(what, "ask") == 0)

@@ -771,7 +771,7 @@ def test_control_is_never_starved(engines: tuple[Engine, Engine], stack: ExitSta
     for source, target in (SIDES, SIDES[::-1]):
         bulk(stack, program, source, target)
     sender, receiver = udp_pair(stack)
-    run_until_end(stack, program, "flood", sender, "3600", "64", "1")
+    run_until_end(stack, program, "flood", sender, "3600", "0", "64", "1")
     run_until_end(stack, program, "sink", receiver, "3600")
     many = [Peer(bytes((10, 200 + (n >> 8), n & 255, 0)), 24, TWO.wire(), n % 5000 + 1) for n in range(5000)]
     until(lambda: all(engine.counters()["rx_packets"] > 10_000 for engine in engines))
