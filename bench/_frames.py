@@ -51,7 +51,7 @@ def _packet(source: bytes, target: bytes, port: int, size: int) -> bytes:
     assert Family.of(source) is Family.IPV4
     udp = struct.pack("!4H", _SOURCE_PORT, port, 8 + size, 0)
     pseudo = source + target + struct.pack("!2H", socket.IPPROTO_UDP, 8 + size)
-    udp = udp[:6] + _checksum(pseudo + udp).to_bytes(2, "big")
+    udp = udp[:6] + (_checksum(pseudo + udp) or 0xFFFF).to_bytes(2, "big")
     head = struct.pack("!BBHHHBBH", 0x45, 0, 28 + size, 0, _DF, _TTL, socket.IPPROTO_UDP, 0) + source + target
     return head[:10] + _checksum(head).to_bytes(2, "big") + head[12:] + udp + bytes(size)
 

@@ -40,9 +40,10 @@
 #define UDP_GRO 104
 #endif
 
-enum { BATCH = 64, BUFFER = 1 << 19, MOST_ANSWERS = 1 << 20, PATIENCE_MS = 100 };
+enum { BATCH = 64, BUFFER = 1 << 22, MOST_ANSWERS = 1 << 20, PATIENCE_MS = 100 };
 
 #define SHORTEST_S 30e-6 /* a sleep takes longer */
+#define BURST_S 1e-4
 
 static double now(void)
 {
@@ -98,9 +99,9 @@ static void prepare(struct mmsghdr *messages, struct iovec *pieces, char *buffer
 static void wait_until(double time)
 {
 	double left = time - now();
-	struct timespec pause = {.tv_nsec = (long)(left * 1e9)};
+	struct timespec pause = {.tv_sec = (time_t)left, .tv_nsec = (long)((left - (double)(time_t)left) * 1e9)};
 
-	if (left > SHORTEST_S && left < 1)
+	if (left > SHORTEST_S)
 		nanosleep(&pause, NULL);
 }
 
@@ -110,13 +111,15 @@ static void repeat(int fd, double seconds, double rate, char *bytes, size_t size
 	struct mmsghdr messages[BATCH];
 	struct iovec pieces[BATCH];
 	double start = now(), end = start + seconds, sent = 0;
+	/* At a rate, what belongs into a tenth of a millisecond is sent at once. */
+	unsigned int burst = rate > 0 && rate * BURST_S < BATCH ? 1 + (unsigned int)(rate * BURST_S) : BATCH;
 
 	prepare(messages, pieces, bytes, 0);
 	for (size_t i = 0; i < BATCH; i++)
 		pieces[i].iov_len = size;
 	while (now() < end) {
-		(void)!sendmmsg(fd, messages, BATCH, 0);
-		sent += BATCH;
+		(void)!sendmmsg(fd, messages, burst, 0);
+		sent += burst;
 		if (rate > 0)
 			wait_until(start + sent / rate);
 	}

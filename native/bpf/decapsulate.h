@@ -58,7 +58,8 @@ static inline bool is_row(const struct __sk_buff *skb, __u8 protocol)
 /*
  * The engine writes a row to the TUN device as it is, without that mark. It has a socket for rows, because the one of
  * our port must not let the kernel merge datagrams before they come here, and then gets each by itself. If there is no such
- * socket, or it has gone with its agent, the row goes the usual way.
+ * socket, or it has gone with its agent, the row goes the usual way. A row waits for the engine, so datagrams of its flow
+ * that come by themselves may overtake it.
  */
 static inline int pass_row(struct __sk_buff *skb)
 {
@@ -104,13 +105,14 @@ static inline int decapsulate4(struct __sk_buff *skb)
 	length = skb->len - ETH_HLEN - headers;
 	if (!skb->gso_size && bpf_ntohs(inner->tot_len) > length)
 		return drop(DROP_LENGTH);
-	/* Options, bytes behind the packet, several datagrams that the card has merged into one (UDP GRO). */
-	has_sum = outer->udp.check;
-	if (inner->ihl != sizeof(*inner) / 4 || bpf_ntohs(inner->tot_len) != length ||
-	    (has_sum && length < sizeof(*inner) + FIRST_BYTES))
+	/* Bytes behind the packet, several datagrams that the card has merged into one (UDP GRO). */
+	if (bpf_ntohs(inner->tot_len) != length)
 		return pass(FROM_ENGINE);
 	if (is_row(skb, inner->protocol))
 		return pass_row(skb);
+	has_sum = outer->udp.check;
+	if (inner->ihl != sizeof(*inner) / 4 || (has_sum && length < sizeof(*inner) + FIRST_BYTES))
+		return pass(FROM_ENGINE);
 	if (header_sum(inner) != 0xffff)
 		return drop(DROP_CHECKSUM);
 
@@ -160,12 +162,13 @@ static inline int decapsulate6(struct __sk_buff *skb)
 	length = skb->len - ETH_HLEN - headers;
 	if (!skb->gso_size && bpf_ntohs(inner->payload_len) + sizeof(*inner) > length)
 		return drop(DROP_LENGTH);
-	has_sum = outer->udp.check;
-	if (bpf_ntohs(inner->payload_len) + sizeof(*inner) != length ||
-	    (has_sum && length < sizeof(*inner) + FIRST_BYTES))
+	if (bpf_ntohs(inner->payload_len) + sizeof(*inner) != length)
 		return pass(FROM_ENGINE);
 	if (is_row(skb, inner->nexthdr))
 		return pass_row(skb);
+	has_sum = outer->udp.check;
+	if (has_sum && length < sizeof(*inner) + FIRST_BYTES)
+		return pass(FROM_ENGINE);
 
 	copy6(from.address, inner->saddr.in6_u.u6_addr32);
 	peer = bpf_map_lookup_elem(&peers6, &from);

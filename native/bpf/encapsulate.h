@@ -20,12 +20,16 @@ struct headers6 {
 
 _Static_assert(sizeof(struct headers4) == 28 && sizeof(struct headers6) == 48, "as on the wire");
 
-/* Room in front: an Ethernet header, which bpf_redirect_neigh() fills in, and the outer headers behind it. */
-static inline int make_room(struct __sk_buff *skb, __u32 headers, __u64 family)
+/*
+ * Room in front: the outer headers, and before them an Ethernet header, which bpf_redirect_neigh() fills in. What the
+ * kernel puts no headers in front of (super-packets that are neither TCP's nor UDP's, and what is in a tunnel already) is
+ * left as it was: the device cuts it, for the engine.
+ */
+static inline bool has_room(struct __sk_buff *skb, __u32 headers, __u64 family)
 {
-	__u64 flags = BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET | BPF_F_ADJ_ROOM_ENCAP_L4_UDP | family;
+	const __u64 flags = BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_NO_CSUM_RESET | BPF_F_ADJ_ROOM_ENCAP_L4_UDP | family;
 
-	return bpf_skb_change_head(skb, ETH_HLEN, 0) || bpf_skb_adjust_room(skb, headers, BPF_ADJ_ROOM_MAC, flags);
+	return !bpf_skb_adjust_room(skb, headers, BPF_ADJ_ROOM_MAC, flags);
 }
 
 /* What one inner packet on the wire will have, in bytes; of a super-packet each piece. */
@@ -35,11 +39,24 @@ static inline __u32 wire_length(const struct __sk_buff *skb, __u32 header)
 	return skb->gso_size ? header + 60 + skb->gso_size : skb->len;
 }
 
-/* SCTP's pieces are of different sizes, which no helper puts headers in front of; the device cuts them for the engine. */
 static inline bool fits(const struct __sk_buff *skb, __u32 mtu, __u32 header, __u32 outer)
 {
-	return skb->gso_size != GSO_BY_FRAGS && skb->len + outer <= (skb->gso_size ? MOST_LENGTH : MOST_WHOLE) &&
+	return skb->len + outer <= (skb->gso_size ? MOST_LENGTH : MOST_WHOLE) &&
 	       (!mtu || wire_length(skb, header) <= mtu);
+}
+
+/*
+ * What the program at the other end leaves to its engine has to leave from this one: a checksum that a socket has left
+ * to the card would come to user space unfinished, and of a super-packet nobody there would know the pieces' size.
+ */
+static inline bool is_plain4(const struct iphdr *inner)
+{
+	return inner->ihl == sizeof(*inner) / 4;
+}
+
+static inline bool is_plain6(const struct __sk_buff *skb, const struct ipv6hdr *inner)
+{
+	return !skb->gso_size || inner->nexthdr == IPPROTO_TCP || inner->nexthdr == IPPROTO_UDP;
 }
 
 /* Out of the interface, to a peer that is near, or to the router that the kernel looks up. */
@@ -72,16 +89,19 @@ static inline int encapsulate4(struct __sk_buff *skb)
 		return pass(TO_ENGINE);
 	to.address = inner->daddr;
 	peer = bpf_map_lookup_elem(&peers4, &to);
-	if (!peer || !peer->device || !fits(skb, peer->mtu, sizeof(*inner), sizeof(*outer)))
+	if (!peer || !peer->device || !is_plain4(inner) || !fits(skb, peer->mtu, sizeof(*inner), sizeof(*outer)))
 		return pass(TO_ENGINE);
 	if (inner->ttl <= 1)
 		return drop(DROP_TTL);
-	age4(inner);
-	if (make_room(skb, sizeof(*outer), BPF_F_ADJ_ROOM_ENCAP_L3_IPV4))
+	if (!has_room(skb, sizeof(*outer), BPF_F_ADJ_ROOM_ENCAP_L3_IPV4))
+		return pass(TO_ENGINE);
+	if (bpf_skb_change_head(skb, ETH_HLEN, 0))
 		return drop(DROP_FAILED);
 	outer = (void *)(long)skb->data + ETH_HLEN;
-	if ((void *)(outer + 1) > (void *)(long)skb->data_end)
+	inner = (void *)(outer + 1);
+	if ((void *)(inner + 1) > (void *)(long)skb->data_end)
 		return drop(DROP_FAILED);
+	age4(inner);
 
 	outer->ip.version = 4;
 	outer->ip.ihl = sizeof(outer->ip) / 4;
@@ -117,16 +137,20 @@ static inline int encapsulate6(struct __sk_buff *skb)
 		return pass(TO_ENGINE);
 	copy6(to.address, inner->daddr.in6_u.u6_addr32);
 	peer = bpf_map_lookup_elem(&peers6, &to);
-	if (!peer || !peer->device || !fits(skb, peer->mtu, sizeof(*inner), sizeof(*outer)))
+	if (!peer || !peer->device || !is_plain6(skb, inner) ||
+	    !fits(skb, peer->mtu, sizeof(*inner), sizeof(*outer)))
 		return pass(TO_ENGINE);
 	if (inner->hop_limit <= 1)
 		return drop(DROP_TTL);
-	inner->hop_limit--;
-	if (make_room(skb, sizeof(*outer), BPF_F_ADJ_ROOM_ENCAP_L3_IPV6))
+	if (!has_room(skb, sizeof(*outer), BPF_F_ADJ_ROOM_ENCAP_L3_IPV6))
+		return pass(TO_ENGINE);
+	if (bpf_skb_change_head(skb, ETH_HLEN, 0))
 		return drop(DROP_FAILED);
 	outer = (void *)(long)skb->data + ETH_HLEN;
-	if ((void *)(outer + 1) > (void *)(long)skb->data_end)
+	inner = (void *)(outer + 1);
+	if ((void *)(inner + 1) > (void *)(long)skb->data_end)
 		return drop(DROP_FAILED);
+	inner->hop_limit--;
 
 	outer->ip.version = 6;
 	outer->ip.priority = 0;

@@ -16,7 +16,6 @@
 #define MOST_PEERS 131072
 #define MOST_LENGTH 65535 /* of an IP packet, and so of an outer one */
 #define MOST_WHOLE 15360 /* of a packet that is none of several: the kernel adds room to four pages of memory at most */
-#define GSO_BY_FRAGS 0xffff /* linux/skbuff.h */
 #define AF_INET 2
 #define AF_INET6 10
 #define IP_DF 0x4000
@@ -112,7 +111,7 @@ struct {
 	__type(value, __u32);
 } remotes SEC(".maps");
 
-/* Where rows of datagrams go that were never cut: a socket of the engine's. */
+/* The engine's socket for rows: UDP super-packets (SKB_GSO_UDP_L4) that were never cut. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKMAP);
 	__uint(max_entries, 1);
@@ -126,8 +125,8 @@ enum counter {
 	TX_BYTES,
 	RX_PACKETS,
 	RX_BYTES,
-	TO_ENGINE,    /* a packet for the TUN's reader: no peer known, too big, or no way known */
-	FROM_ENGINE,  /* a datagram for the socket's reader: fragments, options, several packets in one */
+	TO_ENGINE,    /* a packet for the TUN's reader: no peer known, too big, no way known, not plain */
+	FROM_ENGINE,  /* a datagram for a socket's reader: fragments, options, several packets in one, rows */
 	DROP_TTL,     /* the inner packet has lived long enough */
 	DROP_UNKNOWN, /* the datagram's sender is no peer */
 	DROP_SPOOFED, /* the sender is a peer, the inner source is not in its subnet */

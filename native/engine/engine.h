@@ -23,7 +23,7 @@ struct engine_config {
 	size_t tun_count;
 	const int *udp;
 	size_t udp_count;
-	const int *rows; /* sockets for rows of datagrams that were never cut; nothing is sent through them */
+	const int *rows; /* sockets for rows: UDP super-packets that were never cut; nothing is sent through them */
 	size_t row_count;
 	const uint8_t *source4; /* the source of ICMP errors; NULL: none are sent */
 	const uint8_t *source6;

@@ -48,26 +48,48 @@ struct receiver {
 /*
  * A super-packet that the kernel does not take goes as the packets that it was made of.
  *
- * merge: where its payloads are; NULL: one behind the other.
+ * pieces: the first packet whole, then payloads; NULL: all payloads are behind the first one's.
  */
-static int write_apart(struct receiver *receiver, const struct cut *cut, const struct merge *merge)
+static int write_apart(struct receiver *receiver, const struct cut *cut, const struct iovec *pieces)
 {
 	const struct offload plain = {.type = OFFLOAD_NONE};
 	uint8_t header[CUT_HEADERS_MAX];
 	int result = 0;
 
 	for (uint32_t i = 0; i < cut->count && result != -EBADFD; i++) {
-		const uint8_t *payload = cut->payload + (size_t)i * cut->size;
+		const uint8_t *payload =
+			pieces != NULL && i > 0 ? pieces[i].iov_base : cut->payload + (size_t)i * cut->size;
 		uint32_t length = cut_length(cut, i);
-		struct iovec pieces[2] = {{.iov_base = header, .iov_len = cut->header}, {.iov_len = length}};
+		struct iovec both[2] = {
+			{.iov_base = header, .iov_len = cut->header},
+			{.iov_base = (void *)(uintptr_t)payload, .iov_len = length},
+		};
 
-		if (merge != NULL && i > 0)
-			payload = merge->pieces[i].iov_base;
 		cut_header(cut, i, payload, length, header);
-		pieces[1].iov_base = (void *)(uintptr_t)payload;
-		result = worker_write(receiver->worker, &plain, pieces, 2);
+		result = worker_write(receiver->worker, &plain, both, 2);
 	}
 	return result;
+}
+
+/* 399e0827642f ("driver/net/tun: Added features for USO.", v6.2); before, a TUN device takes no UDP super-packet. */
+static int write_udp(struct receiver *receiver, const struct offload *offload, struct iovec *pieces, size_t count,
+		     const struct packet *whole)
+{
+	struct worker *worker = receiver->worker;
+	int result = -EINVAL;
+	struct cut cut;
+
+	if (cut_init(&cut, offload, whole) != DROP_NONE)
+		return -EINVAL; /* it was one when it was put together */
+	if (!receiver->merger.no_udp)
+		result = worker_write(worker, offload, pieces, count);
+	if (result == 0)
+		worker_count(worker, COUNT_MERGED, cut.count);
+	if (result != -EINVAL)
+		return result;
+	if (cut.count <= MERGE_PIECES) /* more than UDP_MAX_SEGMENTS of them no kernel takes */
+		receiver->merger.no_udp = true;
+	return write_apart(receiver, &cut, count > 1 ? pieces : NULL);
 }
 
 /* What came of writing so many packets. */
@@ -97,21 +119,18 @@ static void count_written(struct receiver *receiver, int result, uint32_t packet
 static void on_merged(void *context, const struct offload *offload, struct merge *merge)
 {
 	struct receiver *receiver = context;
-	struct worker *worker = receiver->worker;
 	struct packet whole = merge->first;
-	struct cut cut;
 	int result;
 
 	if (receiver->is_gone)
 		return;
-	result = worker_write(worker, offload, merge->pieces, merge->count);
 	whole.length = merge->header + merge->total;
-	if (result == -EINVAL && offload->type == OFFLOAD_UDP && cut_init(&cut, offload, &whole) == DROP_NONE) {
-		/* 399e0827642f ("driver/net/tun: Added features for USO.", v6.2) */
-		receiver->merger.no_udp = true;
-		result = write_apart(receiver, &cut, merge);
-	} else if (result == 0 && merge->count > 1) {
-		worker_count(worker, COUNT_MERGED, merge->count);
+	if (offload->type == OFFLOAD_UDP) {
+		result = write_udp(receiver, offload, merge->pieces, merge->count, &whole);
+	} else {
+		result = worker_write(receiver->worker, offload, merge->pieces, merge->count);
+		if (result == 0 && merge->count > 1)
+			worker_count(receiver->worker, COUNT_MERGED, merge->count);
 	}
 	count_written(receiver, result, merge->count, (uint64_t)merge->count * merge->header + merge->total);
 }
@@ -175,13 +194,11 @@ static enum drop take(struct receiver *receiver, uint32_t endpoint, uint8_t *dat
 /* Datagrams in a row that were never cut: one packet, with so many bytes of payload in each of them. */
 static enum drop take_row(struct receiver *receiver, uint32_t endpoint, uint8_t *data, size_t length, size_t size)
 {
-	struct worker *worker = receiver->worker;
 	struct iovec piece = {.iov_base = data, .iov_len = length};
 	struct offload offload;
 	struct packet packet;
 	struct cut cut;
 	uint64_t bytes;
-	int result;
 	enum drop reason = admit(receiver, endpoint, data, length, &packet);
 
 	if (reason == DROP_NONE)
@@ -191,13 +208,9 @@ static enum drop take_row(struct receiver *receiver, uint32_t endpoint, uint8_t 
 	bytes = (uint64_t)cut.count * cut.header + cut.total;
 	receiver->peer_packets += cut.count;
 	receiver->peer_bytes += bytes;
-	merger_flush(&receiver->merger); /* what came before */
-	result = worker_write(worker, &offload, &piece, 1);
-	if (result == 0)
-		worker_count(worker, COUNT_MERGED, cut.count);
-	else if (result == -EINVAL) /* no USO, or more of them than UDP_MAX_SEGMENTS of this kernel */
-		result = write_apart(receiver, &cut, NULL);
-	count_written(receiver, result, cut.count, bytes);
+	merger_flush(&receiver->merger); /* what came before it on this socket */
+	if (!receiver->is_gone)
+		count_written(receiver, write_udp(receiver, &offload, &piece, 1, &packet), cut.count, bytes);
 	return DROP_NONE;
 }
 
@@ -221,7 +234,10 @@ static void take_message(struct receiver *receiver, struct mmsghdr *header)
 {
 	struct worker *worker = receiver->worker;
 	const struct sockaddr *from = header->msg_hdr.msg_name;
-	size_t left = header->msg_len, size = datagram_size(&header->msg_hdr, left);
+	size_t left = header->msg_len, each = datagram_size(&header->msg_hdr, left);
+	/* What comes in one piece though it has several datagrams. */
+	bool is_row = worker->takes_rows && each < left;
+	size_t size = is_row ? left : each;
 	uint8_t *data = header->msg_hdr.msg_iov[0].iov_base;
 	uint32_t endpoint;
 
@@ -231,17 +247,10 @@ static void take_message(struct receiver *receiver, struct mmsghdr *header)
 		return;
 	}
 	endpoint = table_endpoint(receiver->table, from, header->msg_hdr.msg_namelen);
-	if (worker->takes_rows && size < left) {
-		enum drop reason = take_row(receiver, endpoint, data, left, size);
-
-		worker_count(worker, COUNT_UDP_PACKETS, 1);
-		if (reason != DROP_NONE)
-			worker_drop(worker, reason, 1);
-		return;
-	}
 	do {
 		size_t length = left < size ? left : size;
-		enum drop reason = take(receiver, endpoint, data, length);
+		enum drop reason = is_row ? take_row(receiver, endpoint, data, length, each) :
+					    take(receiver, endpoint, data, length);
 
 		worker_count(worker, COUNT_UDP_PACKETS, 1);
 		if (reason != DROP_NONE)

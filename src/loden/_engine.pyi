@@ -86,11 +86,12 @@ class Engine:
     def counters(self) -> dict[str, int]:
         """Figures since the engine was made.
 
-        ``tun_packets`` were read from the device, where a super-packet is one; ``udp_packets`` are datagrams
-        received; ``tx_packets``, ``tx_bytes``, ``rx_packets`` and ``rx_bytes`` count inner packets sent and
-        handed to the device; ``segments`` of those sent were cut from super-packets, ``merged`` of those
-        handed on were part of one; ``fragments`` were made here; ``icmp`` errors were sent, ``icmp_limited``
-        were not, because they were more than 1000 in a second; ``udp_sends``, ``udp_receives`` and
+        ``tun_packets`` were read from the device, where a super-packet is one; ``udp_packets`` are
+        datagrams received, where a row that was never cut is one, also where it is dropped for what it is;
+        ``tx_packets``, ``tx_bytes``, ``rx_packets`` and ``rx_bytes`` count inner packets sent and handed to
+        the device; ``segments`` of those sent were cut from super-packets, ``merged`` of those handed on
+        were part of one; ``fragments`` were made here; ``icmp`` errors were sent, ``icmp_limited`` were
+        not, because they were more than 1000 in a second; ``udp_sends``, ``udp_receives`` and
         ``tun_writes`` count messages to and from the kernel. ``tables`` exist now, the one in use included.
         Everything else is a reason in :data:`DROP_REASONS`, and counts packets.
         """

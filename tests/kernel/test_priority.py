@@ -53,7 +53,7 @@ def go_first(
 @pytest.fixture
 def session() -> str:
     """The nice value of this process's own session, where sessions have one; and processes may go first."""
-    probe = [sys.executable, "-c", "import os; os.setpriority(os.PRIO_PROCESS, 0, -1)"]
+    probe = [sys.executable, "-c", f"import os; os.setpriority(os.PRIO_PROCESS, 0, {NICE})"]
     if subprocess.run(probe, capture_output=True, check=False).returncode:
         pytest.skip("needs CAP_SYS_NICE in the machine's own user namespace")
     group = Path("/proc/self/autogroup")

@@ -25,14 +25,15 @@ from loden.tables.entries import UdpPeer
 from loden.tables.netlink import Netlink
 from loden.tables.tun import open_queue
 from loden.tables.udp_bpf import DECAPSULATE, ENCAPSULATE, FastPath, Settings
-from tests.kernel.datagrams import WIRES, Wire, ethernet
+from loden.tables.udp_sockets import merge, open_bound, open_for_rows
+from tests.kernel.datagrams import WIRES, Wire, ethernet, udp
 from tests.kernel.kernel import command, ip, link_json, require_bpf, run
 
 _ETH_P_ALL = 3
 PATIENCE_S = 10.0
 #: struct virtio_net_hdr { u8 flags, gso_type; u16 hdr_len, gso_size, csum_start, csum_offset; }
 _VIRTIO = struct.Struct("=BBHHHH")
-_NEEDS_CSUM, _TCPV4, _TCPV6 = 1, 1, 4
+_NEEDS_CSUM, _TCPV4, _TCPV6, _UDP_L4 = 1, 1, 4, 5
 _PACKET_OUTGOING = 4
 _SOL_PACKET, _PACKET_AUXDATA, _PACKET_VNET_HDR = 263, 8, 15
 _TP_STATUS_CSUMNOTREADY = 8
@@ -89,9 +90,12 @@ class PathOnDevices:
         usual = 0x0800 if self.wire.family is Family.IPV4 else 0x86DD
         return self._send(self.into_tun, packet, protocol or usual)
 
-    def send_super(self, packet: bytes, *, size: int = 1000) -> dict[str, int]:
-        """The same with a TCP packet that is to be cut into pieces with so many bytes of data."""
-        start, is_ipv4 = len(self.packet(b"")), self.wire.family is Family.IPV4
+    def send_super(self, packet: bytes, *, size: int = 1000, before: int = 0) -> dict[str, int]:
+        """The same with a TCP packet that is to be cut into pieces with so many bytes of data.
+
+        *before*: bytes of what stands between the IP header and TCP's.
+        """
+        start, is_ipv4 = len(self.packet(b"")) + before, self.wire.family is Family.IPV4
         header = _VIRTIO.pack(_NEEDS_CSUM, _TCPV4 if is_ipv4 else _TCPV6, start + 20, size, start, 16)
         with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as one:
             one.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
@@ -120,6 +124,27 @@ class PathOnDevices:
             if parse_address(self.wire.own_container) in packet[:40] or packet[:1] == b"\0":
                 return packet
         raise AssertionError("nothing arrives at the TUN's reader")
+
+    def row(self, payload: bytes) -> bytes:
+        """A packet of a peer's that holds datagrams in a row, as they are before they are cut."""
+        inner = udp(9, 9, payload)
+        return self.wire.packet(self.peer()[0], self.wire.own_container, inner, protocol=socket.IPPROTO_UDP)
+
+    def arrive_super(self, packet: bytes, *, size: int) -> dict[str, int]:
+        """Come in from the wire encapsulated, as a super-packet of UDP with pieces of so many bytes."""
+        _, remote, port = self.peer()
+        frame = self.wire.datagram(packet, source=remote, port=port, check=1)
+        start = 14 + self.wire.headers - 8
+        header = _VIRTIO.pack(_NEEDS_CSUM, _UDP_L4, start + 8, size, start, 6)
+        before = self.path.counters()
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as one:
+            one.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
+            one.bind(("wire", 0))
+            one.send(header + self.mac + frame[6:])
+        deadline = time.monotonic() + PATIENCE_S
+        while (after := self.path.counters()) == before:
+            assert time.monotonic() < deadline, "nothing arrives"
+        return {name: after[name] - before[name] for name in after if after[name] != before[name]}
 
     def arrive(self, frame: bytes) -> dict[str, int]:
         """Come in from the wire, a marker behind it; the counters that the frame alone moved."""
@@ -298,14 +323,24 @@ def asks_for(frame: bytes, address: str) -> bool:
     return is_question and parse_address(address) in frame
 
 
-def test_options_of_the_packet_go_with_it(underlay: None) -> None:
+def test_packet_with_options_is_the_readers(underlay: None) -> None:
+    """The other end would leave it to its engine, where nobody knew of a checksum that is not finished."""
     del underlay
     require_bpf()
     with closing(PathOnDevices(WIRES[0])) as path:
-        target, remote, port = path.peer()
-        packet = path.wire.packet(path.wire.own_container, target, b"data", options=b"\x01" * 8)
-        assert "tx_packets" in path.send(packet)
-        assert path.on_wire()[14:] == path.wire.encapsulated(path.wire.older(packet), remote, port)
+        packet = path.wire.packet(path.wire.own_container, path.peer()[0], b"data", options=b"\x01" * 8)
+        assert path.send(packet) == {"to_engine": 1}
+        assert path.at_reader() == packet
+
+
+def test_super_packet_with_extension_headers_is_the_readers(underlay: None) -> None:
+    del underlay
+    require_bpf()
+    with closing(PathOnDevices(WIRES[1])) as path:
+        behind = bytes((socket.IPPROTO_TCP, 0, 1, 4, 0, 0, 0, 0))  # destination options: padding
+        tcp = struct.pack("!HHIIBBHHH", 1, 2, 3, 4, 5 << 4, 0x10, 100, 0, 0) + bytes(3000)
+        packet = path.packet(behind + tcp, protocol=socket.IPPROTO_DSTOPTS)
+        assert path.send_super(packet, before=len(behind)) == {"to_engine": 1}
 
 
 class TestIn:
@@ -315,6 +350,26 @@ class TestIn:
         counted = path.arrive(path.wire.datagram(packet, source=remote, port=port))
         assert counted == {"rx_packets": 1, "rx_bytes": len(packet)}
         assert path.came == [path.wire.older(packet)]
+
+    def test_row_is_given_to_the_socket_for_rows(self, path: PathOnDevices) -> None:
+        """Whole, with the size of its datagrams; when that socket has gone, cut, to the one of the port."""
+        row = path.row(bytes(range(250)) * 4)
+        with (
+            closing(open_bound(parse_address(path.wire.own), path.wire.port)) as usual,
+            closing(open_for_rows(path.wire.family)) as for_rows,
+        ):
+            merge(for_rows, is_on=True)
+            path.path.hand_rows_to(for_rows)
+            assert path.arrive_super(row, size=100) == {"from_engine": 1}
+            next(ready(for_rows.fileno()))
+            data, said, _, sender = for_rows.recvmsg(1 << 17, 64)
+            assert data == row
+            assert [struct.unpack("=i", value) for *_, value in said] == [(100,)]
+            assert sender[:2] == path.peer()[1:]
+            for_rows.close()
+            assert path.arrive_super(row, size=100) == {"from_engine": 1}
+            next(ready(usual.fileno()))
+            assert usual.recv(1 << 17) == row[:100]
 
     def test_vlan_is_somebody_elses(self, path: PathOnDevices) -> None:
         source, remote, port = path.peer()

@@ -3,6 +3,7 @@
 
 import errno
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -294,6 +295,35 @@ class TestAfterwards:
         assert run(kernel.tunnels.put([moved])) == {}
         assert list(kernel.carrier(EBPF.device).standing().values()) == [EBPF.peer(9)]
         assert sorted(attached(kernel)) == sorted(meant(kernel, EBPF.device))
+
+    def test_rows_that_wait_are_the_next_carriers(self, kernel: UdpKernel) -> None:
+        require_bpf()
+        run(kernel.stand(*EBPF.own(), EBPF.peer(9)))
+        first = kernel.carrier(EBPF.device)
+        assert first.row_socket is not None
+        place = first.row_socket.getsockname()
+        ip("address add 192.0.2.111/24 dev eth0")
+        assert run(kernel.tunnels.put([EBPF.tunnel(local=bytes((192, 0, 2, 111)))])) == {}
+        second = kernel.carrier(EBPF.device)
+        assert second is not first
+        assert second.row_socket is not None
+        assert second.row_socket.getsockname() == place
+
+    def test_kernel_that_gives_no_rows(
+        self, kernel: UdpKernel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """It costs speed, and nothing else."""
+        require_bpf()
+
+        def refuse(path: FastPath, opened: socket.socket) -> None:
+            del path, opened
+            raise KernelError("write to", "eBPF map row_socket", errno.EPERM)
+
+        monkeypatch.setattr(FastPath, "hand_rows_to", refuse)
+        with caplog.at_level(logging.INFO):
+            run(kernel.stand(*EBPF.own(), EBPF.peer(9)))
+        assert kernel.carrier(EBPF.device).report()["acceleration"] == "ebpf"
+        assert "takes rows of datagrams one by one: write to eBPF map row_socket" in caplog.text
 
 
 class TestManyPeers:

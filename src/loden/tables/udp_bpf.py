@@ -120,8 +120,8 @@ class FastPath:
         """Let go; idempotent. What is attached stays."""
         self._object.close()
 
-    def take_rows(self, opened: socket.socket) -> None:
-        """Hand rows of datagrams that were never cut to a UDP socket, for as long as it is open.
+    def hand_rows_to(self, opened: socket.socket) -> None:
+        """Give rows of datagrams that were never cut to a UDP socket, for as long as it is open.
 
         Raises:
             KernelError: the kernel refused it.

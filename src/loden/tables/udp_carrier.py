@@ -60,6 +60,8 @@ class Carrier:
         self._devices = devices
         self._peers: dict[Prefix, UdpPeer] = {}
         self.socket: socket.socket
+        #: Shared as well: rows that wait there are not lost with the carrier that was before.
+        self.row_socket: socket.socket | None = None
         is_same = before is not None and (before.entry.local, before.entry.port) == (entry.local, entry.port)
         if before is not None and is_same:
             self.socket = before.socket.dup()
@@ -70,7 +72,8 @@ class Carrier:
         except BaseException:
             self.socket.close()
             raise
-        self.row_socket: socket.socket | None = None
+        if before is not None and before.row_socket is not None:
+            self.row_socket = before.row_socket.dup()
         self.engine: Engine | None = None
         self.fast: FastPath | None = None
         self.reason = ""  # why there is no fast path; empty where there is one
@@ -286,17 +289,17 @@ def _start_engine(carrier: Carrier) -> None:
             detail = f"no eBPF: {carrier.reason}; no engine: {lack}"
             raise NotSupported("carry", str(entry), errnos.ENOSYS, detail=detail, hint=_NEITHER)
         log.warning(
-            "udp has no engine: %s; unroutable packets get no answer, fragments are not put together", lack
+            "udp has no engine: %s; unroutable packets get no answer, fragments are not put together, rows of"
+            " datagrams over virtual wires are lost",
+            lack,
         )
         return
     is_ipv4 = Family.of(entry.source) is Family.IPV4
-    if carrier.fast is not None:
-        carrier.row_socket = open_for_rows(Family.of(entry.local))
-        carrier.fast.take_rows(carrier.row_socket)
+    rows = [] if carrier.fast is None else _row_sockets(carrier, carrier.fast)
     carrier.engine = engine.Engine(
         [carrier.queue],
         [carrier.socket.fileno()],
-        [] if carrier.row_socket is None else [carrier.row_socket.fileno()],
+        rows,
         source4=entry.source if is_ipv4 else b"",
         source6=b"" if is_ipv4 else entry.source,
         allow_unknown=entry.allow_unknown,
@@ -309,6 +312,18 @@ def _start_engine(carrier: Carrier) -> None:
     carrier.engine.start()
     # The programs take one datagram at a time: what is merged before they see it goes the long way.
     merge(carrier.socket, is_on=carrier.fast is None)
+
+
+def _row_sockets(carrier: Carrier, fast: "FastPath") -> list[int]:
+    """Where the programs give rows; without it they are slower, and nothing else."""
+    try:
+        if carrier.row_socket is None:
+            carrier.row_socket = open_for_rows(Family.of(carrier.entry.local))
+        fast.hand_rows_to(carrier.row_socket)
+    except KernelError as error:
+        log.info("udp device=%s takes rows of datagrams one by one: %s", carrier.entry.device, error)
+        return []
+    return [carrier.row_socket.fileno()]
 
 
 def _require(devices: Devices, name: str) -> int:

@@ -56,8 +56,8 @@ def open_bound(address: bytes, port: int) -> socket.socket:
 def open_for_rows(family: Family) -> socket.socket:
     """A non-blocking socket that eBPF programs hand datagrams to: they have it, and need no address of it.
 
-    It is bound, because only bound sockets can be handed to, and to the loopback interface, so that nobody
-    else can send to it; that interface need not be up.
+    It is bound, because only bound sockets can be handed to, and to the loopback interface, which need not be
+    up: processes of this host can send to it, and the engine asks them what it asks everybody.
 
     Raises:
         KernelError: the kernel gives none.
@@ -66,6 +66,7 @@ def open_for_rows(family: Family) -> socket.socket:
     try:
         _set_options(opened, family)
         opened.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
         opened.bind(("127.0.0.1" if family is Family.IPV4 else "::1", 0))
     except OSError as error:
         opened.close()
