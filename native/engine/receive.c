@@ -71,23 +71,22 @@ static int write_apart(struct receiver *receiver, const struct cut *cut, const s
 	return result;
 }
 
-/* 399e0827642f ("driver/net/tun: Added features for USO.", v6.2); before, a TUN device takes no UDP super-packet. */
+/*
+ * Write a UDP super-packet of so many packets. Before 399e0827642f ("driver/net/tun: Added features for USO.", v6.2) a TUN
+ * device takes none.
+ */
 static int write_udp(struct receiver *receiver, const struct offload *offload, struct iovec *pieces, size_t count,
-		     const struct packet *whole)
+		     const struct packet *whole, uint32_t packets)
 {
 	struct worker *worker = receiver->worker;
-	int result = -EINVAL;
+	int result = receiver->merger.no_udp ? -EINVAL : worker_write(worker, offload, pieces, count);
 	struct cut cut;
 
-	if (cut_init(&cut, offload, whole) != DROP_NONE)
-		return -EINVAL; /* it was one when it was put together */
-	if (!receiver->merger.no_udp)
-		result = worker_write(worker, offload, pieces, count);
 	if (result == 0)
-		worker_count(worker, COUNT_MERGED, cut.count);
-	if (result != -EINVAL)
+		worker_count(worker, COUNT_MERGED, packets);
+	if (result != -EINVAL || cut_init(&cut, offload, whole) != DROP_NONE)
 		return result;
-	if (cut.count <= MERGE_PIECES) /* more than UDP_MAX_SEGMENTS of them no kernel takes */
+	if (packets <= MERGE_PIECES) /* more than UDP_MAX_SEGMENTS of them no kernel takes */
 		receiver->merger.no_udp = true;
 	return write_apart(receiver, &cut, count > 1 ? pieces : NULL);
 }
@@ -126,7 +125,7 @@ static void on_merged(void *context, const struct offload *offload, struct merge
 		return;
 	whole.length = merge->header + merge->total;
 	if (offload->type == OFFLOAD_UDP) {
-		result = write_udp(receiver, offload, merge->pieces, merge->count, &whole);
+		result = write_udp(receiver, offload, merge->pieces, merge->count, &whole, merge->count);
 	} else {
 		result = worker_write(receiver->worker, offload, merge->pieces, merge->count);
 		if (result == 0 && merge->count > 1)
@@ -199,6 +198,7 @@ static enum drop take_row(struct receiver *receiver, uint32_t endpoint, uint8_t 
 	struct packet packet;
 	struct cut cut;
 	uint64_t bytes;
+	int result;
 	enum drop reason = admit(receiver, endpoint, data, length, &packet);
 
 	if (reason == DROP_NONE)
@@ -209,8 +209,10 @@ static enum drop take_row(struct receiver *receiver, uint32_t endpoint, uint8_t 
 	receiver->peer_packets += cut.count;
 	receiver->peer_bytes += bytes;
 	merger_flush(&receiver->merger); /* what came before it on this socket */
-	if (!receiver->is_gone)
-		count_written(receiver, write_udp(receiver, &offload, &piece, 1, &packet), cut.count, bytes);
+	if (receiver->is_gone)
+		return DROP_NONE;
+	result = write_udp(receiver, &offload, &piece, 1, &packet, cut.count);
+	count_written(receiver, result, cut.count, bytes);
 	return DROP_NONE;
 }
 
