@@ -145,7 +145,7 @@ static void merged_to_list(void *context, const struct offload *offload, struct 
 	size_t length = sizeof(*offload), used = sizeof(*offload);
 	MEMORY uint8_t *whole = NULL;
 
-	for (uint32_t i = 0; i < merge->count; i++)
+	for (uint32_t i = 0; i < merge->piece_count; i++)
 		length += merge->pieces[i].iov_len;
 	whole = malloc(length);
 	if (*list == NULL || whole == NULL) {
@@ -153,7 +153,7 @@ static void merged_to_list(void *context, const struct offload *offload, struct 
 		return;
 	}
 	memcpy(whole, offload, sizeof(*offload));
-	for (uint32_t i = 0; i < merge->count; i++) {
+	for (uint32_t i = 0; i < merge->piece_count; i++) {
 		memcpy(whole + used, merge->pieces[i].iov_base, merge->pieces[i].iov_len);
 		used += merge->pieces[i].iov_len;
 	}

@@ -2,7 +2,7 @@
 /*
  * The packet engine: worker threads between the queues of a TUN device and UDP sockets.
  *
- *     TUN queue ──read──▶ check, route, cut ──sendmmsg, UDP_SEGMENT──▶ UDP socket      a transmitter each queue
+ *     TUN queue ──readv─▶ check, route, cut ──sendmmsg, UDP_SEGMENT──▶ UDP socket      a transmitter each queue
  *     TUN queue ◀─writev── merge, check ◀──────recvmmsg, UDP_GRO────── UDP socket      a receiver each socket
  *     TUN queue ◀─writev── check ◀─────────────recvmmsg, UDP_GRO────── row socket      the same
  *

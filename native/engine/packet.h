@@ -67,6 +67,7 @@ enum {
 /* What packet_parse found; the bytes stay where they are. */
 struct packet {
 	uint8_t *data;
+	const uint8_t *payload; /* of TCP or UDP, where it does not lie behind the headers; else NULL */
 	uint32_t length;    /* as the packet states it: what is behind does not belong to it */
 	uint16_t network;   /* bytes of the IP header with its options or extension headers */
 	uint8_t version;    /* 4 or 6 */
@@ -79,6 +80,9 @@ struct packet {
 
 /* Check a packet as a router does. Everything else here takes only what passed. */
 enum drop packet_parse(struct packet *ret, uint8_t *data, size_t length);
+
+/* Bytes of the network header and the TCP or UDP header behind it; 0: there is no whole one. */
+uint32_t packet_headers(const struct packet *packet);
 
 /* Source and destination: 4 or 16 bytes. */
 const uint8_t *packet_source(const struct packet *packet);
@@ -101,8 +105,9 @@ struct cut {
 	const uint8_t *payload;
 	uint32_t header; /* bytes of the headers */
 	uint32_t network;
-	uint32_t size;	/* payload bytes of each segment but the last */
-	uint32_t total; /* payload bytes of all */
+	uint32_t size;	 /* payload bytes of each segment but the last */
+	uint32_t stride; /* from one payload to the next */
+	uint32_t total;	 /* payload bytes of all */
 	uint32_t count;
 	uint32_t pseudo; /* sum over the pseudo header but for its length */
 	uint8_t version;
@@ -128,7 +133,8 @@ enum drop row_init(struct cut *ret, struct offload *offload, const struct packet
 /* One flow's neighbouring segments, on their way to become one packet. */
 struct merge {
 	struct packet first;
-	struct iovec pieces[MERGE_PIECES]; /* the first packet whole, then payloads */
+	struct iovec pieces[MERGE_PIECES + 1]; /* the first one's headers, all payloads; neighbours are one */
+	uint32_t piece_count;
 	uint32_t count;			   /* segments; 0: this place is free */
 	uint32_t header;		   /* bytes of network and transport header */
 	uint32_t size;			   /* payload bytes of the first */
@@ -147,7 +153,7 @@ struct merger {
 	struct merge flows[MERGE_FLOWS];
 	uint32_t oldest;
 	bool no_udp; /* the kernel takes no UDP super-packets */
-	/* Write one packet: pieces[0..count) hold segments that came one by one, described by the offload. */
+	/* Write one packet: pieces[0..piece_count) hold segments that came one by one, described by the offload. */
 	void (*write)(void *context, const struct offload *offload, struct merge *merge);
 	void *context;
 };

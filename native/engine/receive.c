@@ -17,6 +17,7 @@ enum {
 	RX_MESSAGES = 64,
 	RX_FEW = 4,	     /* at a time, while they are large: the processor's cache holds so many */
 	RX_LARGE = 16384,    /* bytes of a message that make it so */
+	RX_ASIDE = LAYOUT_SEGMENTS * CUT_HEADERS_MAX + PACKET_MAX, /* headers may say that they go on and on */
 	RX_PATIENCE = 10000, /* errors in a row */
 };
 
@@ -36,6 +37,10 @@ struct receiver {
 	struct message messages[RX_MESSAGES];
 	struct mmsghdr headers[RX_MESSAGES];
 	unsigned int at_once;
+	struct layout layout;	/* of the next large messages: the last merged packet's */
+	struct layout expected; /* of the messages at hand */
+	uint8_t *aside;		/* the headers of their packets, but for each first one */
+	struct iovec pieces[RX_FEW][2 * LAYOUT_SEGMENTS]; /* where each of them goes */
 	struct merger merger;
 	bool is_gone; /* the TUN device */
 	/* The last inner source and its peer: most packets come in rows. */
@@ -45,27 +50,23 @@ struct receiver {
 	uint64_t peer_packets, peer_bytes;
 };
 
-/*
- * A super-packet that the kernel does not take goes as the packets that it was made of.
- *
- * pieces: the first packet whole, then payloads; NULL: all payloads are behind the first one's.
- */
+/* A super-packet that the kernel does not take goes as the packets that it was made of. */
 static int write_apart(struct receiver *receiver, const struct cut *cut, const struct iovec *pieces)
 {
 	const struct offload plain = {.type = OFFLOAD_NONE};
 	uint8_t header[CUT_HEADERS_MAX];
+	size_t at = cut->header;
 	int result = 0;
 
 	for (uint32_t i = 0; i < cut->count && result != -EBADFD; i++) {
-		const uint8_t *payload =
-			pieces != NULL && i > 0 ? pieces[i].iov_base : cut->payload + (size_t)i * cut->size;
 		uint32_t length = cut_length(cut, i);
-		struct iovec both[2] = {
-			{.iov_base = header, .iov_len = cut->header},
-			{.iov_base = (void *)(uintptr_t)payload, .iov_len = length},
-		};
+		struct iovec both[2] = {{.iov_base = header, .iov_len = cut->header}, {.iov_len = length}};
 
-		cut_header(cut, i, payload, length, header);
+		for (; at >= pieces->iov_len; pieces++)
+			at -= pieces->iov_len; /* no payload is in two pieces */
+		both[1].iov_base = (uint8_t *)pieces->iov_base + at;
+		at += length;
+		cut_header(cut, i, both[1].iov_base, length, header);
 		result = worker_write(receiver->worker, &plain, both, 2);
 	}
 	return result;
@@ -88,7 +89,7 @@ static int write_udp(struct receiver *receiver, const struct offload *offload, s
 		return result;
 	if (packets <= MERGE_PIECES) /* more than UDP_MAX_SEGMENTS of them no kernel takes */
 		receiver->merger.no_udp = true;
-	return write_apart(receiver, &cut, count > 1 ? pieces : NULL);
+	return write_apart(receiver, &cut, pieces);
 }
 
 /* What came of writing so many packets. */
@@ -124,10 +125,12 @@ static void on_merged(void *context, const struct offload *offload, struct merge
 	if (receiver->is_gone)
 		return;
 	whole.length = merge->header + merge->total;
+	if (merge->count > 1)
+		receiver->layout = layout_of(merge->header, merge->size);
 	if (offload->type == OFFLOAD_UDP) {
-		result = write_udp(receiver, offload, merge->pieces, merge->count, &whole, merge->count);
+		result = write_udp(receiver, offload, merge->pieces, merge->piece_count, &whole, merge->count);
 	} else {
-		result = worker_write(receiver->worker, offload, merge->pieces, merge->count);
+		result = worker_write(receiver->worker, offload, merge->pieces, merge->piece_count);
 		if (result == 0 && merge->count > 1)
 			worker_count(receiver->worker, COUNT_MERGED, merge->count);
 	}
@@ -159,50 +162,40 @@ static const struct peer *peer_of(struct receiver *receiver, const struct packet
 }
 
 /* Whether a packet may come in here from there; one hop older then. */
-static enum drop admit(struct receiver *receiver, uint32_t endpoint, uint8_t *data, size_t length,
-		       struct packet *packet)
+static enum drop admit(struct receiver *receiver, uint32_t endpoint, struct packet *packet)
 {
-	bool is_open = receiver->worker->engine->allow_unknown;
-	const struct peer *peer;
-	enum drop reason;
+	const struct peer *peer = peer_of(receiver, packet);
 
-	if (endpoint == ENDPOINT_UNKNOWN && !is_open)
-		return DROP_UNKNOWN_PEER;
-	reason = packet_parse(packet, data, length);
-	if (reason != DROP_NONE)
-		return reason;
-	peer = peer_of(receiver, packet);
-	if (!is_open && (peer == NULL || peer->endpoint != endpoint))
+	if (!receiver->worker->engine->allow_unknown && (peer == NULL || peer->endpoint != endpoint))
 		return DROP_SPOOFED;
 	return packet_forward(packet);
 }
 
-static enum drop take(struct receiver *receiver, uint32_t endpoint, uint8_t *data, size_t length)
+static enum drop take(struct receiver *receiver, uint32_t endpoint, struct packet *packet)
 {
-	struct packet packet;
-	enum drop reason = admit(receiver, endpoint, data, length, &packet);
+	enum drop reason = admit(receiver, endpoint, packet);
 
 	if (reason != DROP_NONE)
 		return reason;
 	receiver->peer_packets++;
-	receiver->peer_bytes += packet.length;
-	merger_put(&receiver->merger, &packet);
+	receiver->peer_bytes += packet->length;
+	merger_put(&receiver->merger, packet);
 	return DROP_NONE;
 }
 
 /* Datagrams in a row that were never cut: one packet, with so many bytes of payload in each of them. */
-static enum drop take_row(struct receiver *receiver, uint32_t endpoint, uint8_t *data, size_t length, size_t size)
+static enum drop take_row(struct receiver *receiver, uint32_t endpoint, struct packet *packet, size_t length,
+			  size_t size)
 {
-	struct iovec piece = {.iov_base = data, .iov_len = length};
+	struct iovec piece = {.iov_base = packet->data, .iov_len = length};
 	struct offload offload;
-	struct packet packet;
 	struct cut cut;
 	uint64_t bytes;
 	int result;
-	enum drop reason = admit(receiver, endpoint, data, length, &packet);
+	enum drop reason = admit(receiver, endpoint, packet);
 
 	if (reason == DROP_NONE)
-		reason = packet.length == length ? row_init(&cut, &offload, &packet, (uint16_t)size) : DROP_LENGTH;
+		reason = packet->length == length ? row_init(&cut, &offload, packet, (uint16_t)size) : DROP_LENGTH;
 	if (reason != DROP_NONE)
 		return reason;
 	bytes = (uint64_t)cut.count * cut.header + cut.total;
@@ -211,7 +204,7 @@ static enum drop take_row(struct receiver *receiver, uint32_t endpoint, uint8_t 
 	merger_flush(&receiver->merger); /* what came before it on this socket */
 	if (receiver->is_gone)
 		return DROP_NONE;
-	result = write_udp(receiver, &offload, &piece, 1, &packet, cut.count);
+	result = write_udp(receiver, &offload, &piece, 1, packet, cut.count);
 	count_written(receiver, result, cut.count, bytes);
 	return DROP_NONE;
 }
@@ -232,38 +225,137 @@ static size_t datagram_size(struct msghdr *header, size_t length)
 	return length;
 }
 
-static void take_message(struct receiver *receiver, struct mmsghdr *header)
+static uint8_t *aside_of(const struct receiver *receiver, size_t index)
+{
+	return receiver->aside + index * RX_ASIDE;
+}
+
+/* A message, and how it lies. */
+struct arrival {
+	uint8_t *data;
+	uint8_t *aside; /* the headers of all packets but the first; NULL: each is in front of its payload */
+	struct layout layout;
+	size_t length;
+	size_t each; /* bytes of each datagram but the last */
+};
+
+/* Put the headers back in front of their payloads. */
+static void put_together(struct arrival *arrival)
+{
+	size_t header = arrival->layout.header, size = arrival->layout.size, each = header + size;
+
+	for (size_t i = (arrival->length - 1) / each; i > 0; i--) {
+		uint8_t *place = arrival->data + i * each;
+		size_t left = arrival->length - i * each, first = left < header ? left : header;
+		size_t length = left < each ? left - first : size;
+
+		memmove(place + first, arrival->data + header + i * size, length);
+		memcpy(place, arrival->aside + (i - 1) * header, first);
+	}
+	arrival->aside = NULL;
+}
+
+/* A message's packet, with its headers where they lie. */
+static enum drop parse(struct arrival *arrival, size_t at, size_t length, struct packet *packet)
+{
+	size_t header = arrival->layout.header, number;
+	enum drop reason;
+
+	if (arrival->aside == NULL || at == 0)
+		return packet_parse(packet, arrival->data + at, length);
+	number = at / arrival->each;
+	reason = packet_parse(packet, arrival->aside + (number - 1) * header, length);
+	packet->payload = arrival->data + header + number * arrival->layout.size;
+	return reason;
+}
+
+static enum drop take_packet(struct receiver *receiver, struct arrival *arrival, uint32_t endpoint, size_t at,
+			     size_t length, bool is_row)
+{
+	struct packet packet;
+	enum drop reason = parse(arrival, at, length, &packet);
+
+	if (arrival->aside != NULL && at > 0 &&
+	    (reason != DROP_NONE || packet_headers(&packet) != arrival->layout.header)) {
+		merger_flush(&receiver->merger); /* what is to be moved */
+		put_together(arrival);
+		reason = parse(arrival, at, length, &packet);
+	}
+	if (reason != DROP_NONE)
+		return reason;
+	if (is_row)
+		return take_row(receiver, endpoint, &packet, length, arrival->each);
+	return take(receiver, endpoint, &packet);
+}
+
+static void take_message(struct receiver *receiver, size_t index)
 {
 	struct worker *worker = receiver->worker;
-	const struct sockaddr *from = header->msg_hdr.msg_name;
-	size_t left = header->msg_len, each = datagram_size(&header->msg_hdr, left);
+	struct mmsghdr *header = &receiver->headers[index];
+	struct arrival arrival = {
+		.data = receiver->buffers + index * RX_BUFFER,
+		.layout = receiver->expected,
+		.length = header->msg_len,
+		.each = datagram_size(&header->msg_hdr, header->msg_len),
+	};
+	uint32_t endpoint = table_endpoint(receiver->table, header->msg_hdr.msg_name, header->msg_hdr.msg_namelen);
+	bool is_stranger = endpoint == ENDPOINT_UNKNOWN && !worker->engine->allow_unknown;
 	/* What comes in one piece though it has several datagrams. */
-	bool is_row = worker->takes_rows && each < left;
-	size_t size = is_row ? left : each;
-	uint8_t *data = header->msg_hdr.msg_iov[0].iov_base;
-	uint32_t endpoint;
+	bool is_row = worker->takes_rows && arrival.each < arrival.length;
+	size_t at = 0, first = arrival.layout.header + arrival.layout.size;
 
 	if (header->msg_hdr.msg_flags & MSG_TRUNC) {
 		worker_count(worker, COUNT_UDP_PACKETS, 1);
 		worker_drop(worker, DROP_OVERSIZED, 1);
 		return;
 	}
-	endpoint = table_endpoint(receiver->table, from, header->msg_hdr.msg_namelen);
+	if (header->msg_hdr.msg_iovlen > 1 && arrival.length > first && !is_stranger) {
+		arrival.aside = aside_of(receiver, index);
+		if (arrival.each != first)
+			put_together(&arrival);
+	}
 	do {
-		size_t length = left < size ? left : size;
-		enum drop reason = is_row ? take_row(receiver, endpoint, data, length, each) :
-					    take(receiver, endpoint, data, length);
+		size_t left = arrival.length - at, length = is_row || left < arrival.each ? left : arrival.each;
+		enum drop reason = DROP_UNKNOWN_PEER;
 
+		if (!is_stranger)
+			reason = take_packet(receiver, &arrival, endpoint, at, length, is_row);
 		worker_count(worker, COUNT_UDP_PACKETS, 1);
 		if (reason != DROP_NONE)
 			worker_drop(worker, reason, 1);
+		at += length;
+	} while (at < arrival.length);
+}
+
+/*
+ * Where the bytes of a message go that is expected to be of segments: all payloads side by side, behind the headers
+ * of the first; the others' headers aside. Returns how many pieces.
+ */
+static size_t lay_out(struct receiver *receiver, size_t index, const struct layout *layout)
+{
+	uint8_t *data = receiver->buffers + index * RX_BUFFER, *aside = aside_of(receiver, index);
+	struct iovec *pieces = receiver->pieces[index];
+	size_t left = RX_BUFFER - layout->header - layout->size, count = 1;
+
+	pieces[0] = (struct iovec){.iov_base = data, .iov_len = layout->header + layout->size};
+	for (data += pieces[0].iov_len; left > 0;) {
+		size_t first = left < layout->header ? left : layout->header;
+		size_t length = left - first < layout->size ? left - first : layout->size;
+
+		pieces[count++] = (struct iovec){.iov_base = aside, .iov_len = first};
+		pieces[count++] = (struct iovec){.iov_base = data, .iov_len = length};
+		aside += first;
 		data += length;
-		left -= length;
-	} while (left > 0);
+		left -= first + length;
+	}
+	return count;
 }
 
 static void prepare(struct receiver *receiver)
 {
+	bool is_expected = receiver->at_once == RX_FEW && receiver->layout.header > 0 && !receiver->worker->takes_rows;
+
+	receiver->expected = receiver->layout;
 	for (size_t i = 0; i < receiver->at_once; i++) {
 		struct message *message = &receiver->messages[i];
 
@@ -271,8 +363,8 @@ static void prepare(struct receiver *receiver)
 		receiver->headers[i].msg_hdr = (struct msghdr){
 			.msg_name = &message->from,
 			.msg_namelen = sizeof(message->from),
-			.msg_iov = &message->piece,
-			.msg_iovlen = 1,
+			.msg_iov = is_expected ? receiver->pieces[i] : &message->piece,
+			.msg_iovlen = is_expected ? lay_out(receiver, i, &receiver->layout) : 1,
 			.msg_control = &message->control,
 			.msg_controllen = sizeof(message->control),
 		};
@@ -287,7 +379,7 @@ static void take_messages(struct receiver *receiver, unsigned int count)
 	receiver->source_size = 0;
 	receiver->peer = NULL;
 	for (unsigned int i = 0; i < count; i++) {
-		take_message(receiver, &receiver->headers[i]);
+		take_message(receiver, i);
 		are_large |= receiver->headers[i].msg_len >= RX_LARGE;
 	}
 	merger_flush(&receiver->merger);
@@ -360,9 +452,11 @@ void receive(struct worker *worker)
 	struct receiver *receiver = calloc(1, sizeof(*receiver));
 
 	/* Not touched before a message comes that fills it: the kernel gives no memory before that. */
-	if (receiver != NULL)
+	if (receiver != NULL) {
 		receiver->buffers = malloc((size_t)RX_MESSAGES * RX_BUFFER);
-	if (receiver == NULL || receiver->buffers == NULL) {
+		receiver->aside = calloc(RX_FEW, RX_ASIDE);
+	}
+	if (receiver == NULL || receiver->buffers == NULL || receiver->aside == NULL) {
 		worker_fail(worker, ENOMEM, "start a receiver");
 	} else {
 		receiver->worker = worker;
@@ -370,7 +464,9 @@ void receive(struct worker *worker)
 		merger_init(&receiver->merger, on_merged, receiver);
 		receive_all(receiver);
 	}
-	if (receiver != NULL)
+	if (receiver != NULL) {
 		free(receiver->buffers);
+		free(receiver->aside);
+	}
 	free(receiver);
 }

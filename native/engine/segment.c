@@ -53,6 +53,13 @@ static uint32_t transport_length(const struct packet *packet)
 	return length >= TCP_HEADER && length <= there ? length : 0;
 }
 
+uint32_t packet_headers(const struct packet *packet)
+{
+	uint32_t transport = transport_length(packet);
+
+	return transport == 0 ? 0 : packet->network + transport;
+}
+
 /* Cutting */
 
 static bool is_offload_of(const struct offload *offload, const struct packet *packet)
@@ -100,6 +107,7 @@ enum drop cut_init(struct cut *ret, const struct offload *offload, const struct 
 		.header = header,
 		.network = packet->network,
 		.size = offload->size,
+		.stride = offload->size,
 		.total = packet->length - header,
 		.count = (packet->length - header + offload->size - 1) / offload->size,
 		.pseudo = cut_pseudo_sum(offload, packet),
@@ -160,6 +168,11 @@ void cut_header(const struct cut *cut, uint32_t index, const uint8_t *payload, u
 
 /* Merging */
 
+static const uint8_t *payload_of(const struct packet *packet, uint32_t header)
+{
+	return packet->payload != NULL ? packet->payload : packet->data + header;
+}
+
 /*
  * Whether a packet can be part of a merged one: its bytes can be had again from the merged one. So nothing
  * but plain data: no options of IP, no flag that stands for one segment alone, a checksum that is right.
@@ -182,11 +195,12 @@ static bool is_segment(const struct packet *packet, uint32_t *header)
 	} else if (load16(transport + 4) != behind || load16_raw(transport + UDP_CHECKSUM) == 0) {
 		return false;
 	}
-	sum = pseudo_length(pseudo_sum(packet), behind);
-	if (checksum_fold(checksum_add(sum, transport, behind)) != 0xffff)
-		return false;
 	*header = packet->network + size;
-	return true;
+	sum = pseudo_length(pseudo_sum(packet), behind);
+	sum = checksum_add(sum, transport, packet->payload != NULL ? size : behind);
+	if (packet->payload != NULL)
+		sum = checksum_add(sum, packet->payload, behind - size);
+	return checksum_fold(sum) == 0xffff;
 }
 
 static bool has_push(const struct packet *packet)
@@ -228,6 +242,17 @@ static bool are_headers_alike(const struct packet *one, const struct packet *oth
 	       memcmp(one->data + options, other->data + options, header - options) == 0;
 }
 
+static void add_piece(struct merge *merge, const uint8_t *data, uint32_t length)
+{
+	struct iovec *last = merge->piece_count > 0 ? &merge->pieces[merge->piece_count - 1] : NULL;
+
+	if (last != NULL && (uint8_t *)last->iov_base + last->iov_len == data) {
+		last->iov_len += length;
+		return;
+	}
+	merge->pieces[merge->piece_count++] = (struct iovec){.iov_base = (void *)(uintptr_t)data, .iov_len = length};
+}
+
 /* header: all of the packet where it stays alone. */
 static void merge_start(struct merge *merge, const struct packet *packet, uint32_t header)
 {
@@ -235,7 +260,10 @@ static void merge_start(struct merge *merge, const struct packet *packet, uint32
 	bool is_tcp = packet->protocol == IPPROTO_TCP && header < packet->length;
 
 	merge->first = *packet;
-	merge->pieces[0] = (struct iovec){.iov_base = packet->data, .iov_len = packet->length};
+	merge->piece_count = 0;
+	add_piece(merge, packet->data, packet->payload != NULL ? packet_headers(packet) : packet->length);
+	if (packet->payload != NULL)
+		add_piece(merge, packet->payload, packet->length - packet_headers(packet));
 	merge->count = 1;
 	merge->header = header;
 	merge->size = packet->length - header;
@@ -278,7 +306,8 @@ static bool merge_add(struct merge *merge, const struct packet *packet, uint32_t
 		merge->next_sequence += length;
 		merge->first.data[merge->first.network + TCP_FLAGS] |= transport[TCP_FLAGS] & TCP_PSH;
 	}
-	merge->pieces[merge->count++] = (struct iovec){.iov_base = packet->data + header, .iov_len = length};
+	add_piece(merge, payload_of(packet, header), length);
+	merge->count++;
 	merge->total += length;
 	merge->next_id = (uint16_t)(merge->next_id + step);
 	merge->id_step = step;

@@ -15,8 +15,10 @@
 
 enum {
 	TX_READ = 65536 + sizeof(struct offload), /* the most that one read gives */
-	TX_BATCH = 65536,			  /* bytes read before they are sent */
+	TX_GAPS = LAYOUT_SEGMENTS * CUT_HEADERS_MAX, /* bytes that it leaves out */
+	TX_BATCH = 65536,			  /* bytes before they are sent, gaps included */
 	TX_PACKETS = 256,			  /* and packets */
+	TX_OTHERS = 8, /* packets behind a super-packet until none is expected: pieces cost the small ones */
 	TX_MESSAGES = 128,
 	TX_PIECES = 1024,
 	TX_HEADERS = 32768,
@@ -27,12 +29,19 @@ enum {
 	TX_REFUSALS = 3,    /* before a message is given up, see is_final */
 };
 
+/* What one read gave. In front of each segment's payload is a gap for its headers: so its datagram is one piece. */
+struct found {
+	uint8_t *data; /* the packet: behind the virtio header */
+	size_t length; /* of the packet */
+	struct layout layout;
+};
+
 /* Datagrams of one size for one peer, on their way into one system call. */
 struct message {
 	const struct peer *peer;
 	struct iovec *pieces;
+	uint32_t piece_count;
 	uint32_t count;	     /* datagrams */
-	uint32_t each;	     /* pieces in each: 1 or 2 */
 	uint32_t size;	     /* bytes of each but the last */
 	uint32_t bytes;	     /* of all */
 	bool is_closed;	     /* a shorter one came: it is the last */
@@ -45,8 +54,10 @@ struct message {
 struct transmitter {
 	struct worker *worker;
 	const struct table *table;
-	uint8_t packets[TX_BATCH + TX_READ]; /* as they were read */
-	uint8_t headers[TX_HEADERS];	     /* of segments */
+	uint8_t packets[TX_BATCH + TX_READ + TX_GAPS]; /* as they were read */
+	struct layout layout;			       /* of the next one: the last super-packet's */
+	uint32_t others;			       /* packets since then */
+	uint8_t headers[TX_HEADERS];		       /* of segments without gaps */
 	size_t header_bytes;
 	struct iovec pieces[TX_PIECES];
 	size_t piece_count;
@@ -222,24 +233,34 @@ static bool too_big(struct transmitter *transmitter, const struct peer *peer, co
 	return false;
 }
 
-/* Put a datagram's pieces together. Returns its bytes. */
-static size_t gather(struct transmitter *transmitter, const struct iovec *pieces, size_t count)
+/* Put one datagram of a message together in transmitter->whole. Returns its bytes. */
+static size_t gather(struct transmitter *transmitter, const struct message *message, uint32_t index)
 {
-	size_t length = 0;
+	size_t skip = (size_t)index * message->size, wanted = message->bytes - skip, length = 0;
 
-	for (size_t i = 0; i < count; i++) {
-		if (pieces[i].iov_len > sizeof(transmitter->whole) - length)
-			break;
-		memcpy(transmitter->whole + length, pieces[i].iov_base, pieces[i].iov_len);
-		length += pieces[i].iov_len;
+	if (wanted > message->size)
+		wanted = message->size;
+	for (uint32_t i = 0; i < message->piece_count && length < wanted; i++) {
+		const struct iovec *piece = &message->pieces[i];
+		size_t more = piece->iov_len > skip ? piece->iov_len - skip : 0;
+
+		if (more > wanted - length)
+			more = wanted - length;
+		if (more > 0)
+			memcpy(transmitter->whole + length, (uint8_t *)piece->iov_base + skip, more);
+		skip -= piece->iov_len < skip ? piece->iov_len : skip;
+		length += more;
 	}
 	return length;
 }
 
-/* The underlay has refused a datagram for its size. Returns whether those behind it can be tried. */
-static bool path_too_small(struct transmitter *transmitter, const struct message *message, uint32_t index)
+/*
+ * The underlay has refused a datagram, which is in transmitter->whole, for its size. Returns whether those behind it
+ * can be tried.
+ */
+static bool path_too_small(struct transmitter *transmitter, const struct message *message, uint32_t index,
+			   size_t length)
 {
-	size_t length = gather(transmitter, message->pieces + (size_t)index * message->each, message->each);
 	uint32_t mtu = path_mtu(transmitter, message->peer);
 	struct packet packet;
 
@@ -255,11 +276,11 @@ static bool path_too_small(struct transmitter *transmitter, const struct message
 static void send_apart(struct transmitter *transmitter, const struct message *message)
 {
 	for (uint32_t i = 0; i < message->count; i++) {
-		struct iovec *pieces = message->pieces + (size_t)i * message->each;
-		int result = send_one(transmitter, message->peer, pieces, message->each);
+		struct iovec piece = {.iov_base = transmitter->whole, .iov_len = gather(transmitter, message, i)};
+		int result = send_one(transmitter, message->peer, &piece, 1);
 
 		if (result == -EMSGSIZE) {
-			if (!path_too_small(transmitter, message, i))
+			if (!path_too_small(transmitter, message, i, piece.iov_len))
 				return;
 		} else if (result < 0) {
 			worker_drop(transmitter->worker, reason_of(-result), 1);
@@ -281,7 +302,7 @@ static void seal(struct transmitter *transmitter, size_t index)
 		.msg_name = (void *)(uintptr_t)&endpoint->address,
 		.msg_namelen = endpoint->size,
 		.msg_iov = message->pieces,
-		.msg_iovlen = (size_t)message->count * message->each,
+		.msg_iovlen = message->piece_count,
 	};
 	if (message->count == 1)
 		return;
@@ -372,13 +393,12 @@ static void flush(struct transmitter *transmitter)
 }
 
 /* Whether a datagram can go with the last message; there is one. */
-static bool can_join(const struct transmitter *transmitter, const struct peer *peer, uint32_t each, uint32_t length)
+static bool can_join(const struct transmitter *transmitter, const struct peer *peer, uint32_t length)
 {
 	const struct message *last = &transmitter->messages[transmitter->message_count - 1];
 
-	return !transmitter->no_gso && last->peer == peer && last->each == each &&
-	       !last->is_closed && last->count < TX_SEGMENTS && length <= last->size &&
-	       length <= TX_MESSAGE - last->bytes;
+	return !transmitter->no_gso && last->peer == peer && !last->is_closed && last->count < TX_SEGMENTS &&
+	       length <= last->size && length <= TX_MESSAGE - last->bytes;
 }
 
 /* Make room for a datagram of up to two pieces, one of them a header of so many bytes. */
@@ -393,33 +413,43 @@ static void reserve(struct transmitter *transmitter, const struct peer *peer, ui
 	transmitter->socket = socket;
 }
 
-/* Send one datagram, together with its neighbours. Room was reserved for it. */
-static void append(struct transmitter *transmitter, const struct peer *peer, const struct iovec *pieces, uint32_t each)
+static void add_piece(struct transmitter *transmitter, struct message *message, struct iovec piece)
 {
-	struct iovec *place = transmitter->pieces + transmitter->piece_count;
-	struct message *message;
-	uint32_t length = 0;
+	struct iovec *last = message->piece_count > 0 ? &message->pieces[message->piece_count - 1] : NULL;
 
-	for (uint32_t i = 0; i < each; i++) {
-		place[i] = pieces[i];
-		length += (uint32_t)pieces[i].iov_len;
-	}
-	transmitter->piece_count += each;
-	if (transmitter->message_count > 0 && can_join(transmitter, peer, each, length)) {
-		message = &transmitter->messages[transmitter->message_count - 1];
-		message->is_closed = length < message->size;
-		message->count++;
-		message->bytes += length;
+	if (last != NULL && (uint8_t *)last->iov_base + last->iov_len == piece.iov_base) {
+		last->iov_len += piece.iov_len;
 		return;
 	}
-	message = &transmitter->messages[transmitter->message_count++];
-	message->peer = peer;
-	message->pieces = place;
-	message->count = 1;
-	message->each = each;
-	message->size = length;
-	message->bytes = length;
-	message->is_closed = length >= TX_MESSAGE;
+	transmitter->pieces[transmitter->piece_count++] = piece;
+	message->piece_count++;
+}
+
+/* Send one datagram of one or two pieces, together with its neighbours. Room was reserved for it. */
+static void append(struct transmitter *transmitter, const struct peer *peer, const struct iovec *pieces, uint32_t count)
+{
+	uint32_t length = 0;
+	struct message *message;
+
+	for (uint32_t i = 0; i < count; i++)
+		length += (uint32_t)pieces[i].iov_len;
+	if (transmitter->message_count > 0 && can_join(transmitter, peer, length)) {
+		message = &transmitter->messages[transmitter->message_count - 1];
+		message->is_closed = length < message->size;
+	} else {
+		message = &transmitter->messages[transmitter->message_count++];
+		message->peer = peer;
+		message->pieces = transmitter->pieces + transmitter->piece_count;
+		message->piece_count = 0;
+		message->count = 0;
+		message->size = length;
+		message->bytes = 0;
+		message->is_closed = length >= TX_MESSAGE;
+	}
+	message->count++;
+	message->bytes += length;
+	for (uint32_t i = 0; i < count; i++)
+		add_piece(transmitter, message, pieces[i]);
 }
 
 /* Packets */
@@ -441,7 +471,7 @@ static const struct peer *peer_of(struct transmitter *transmitter, const struct 
 static void segment_too_big(struct transmitter *transmitter, const struct peer *peer, const struct cut *cut,
 			    uint32_t index)
 {
-	const uint8_t *payload = cut->payload + (size_t)index * cut->size;
+	const uint8_t *payload = cut->payload + (size_t)index * cut->stride;
 	uint32_t length = cut_length(cut, index);
 	struct packet packet;
 
@@ -452,15 +482,23 @@ static void segment_too_big(struct transmitter *transmitter, const struct peer *
 }
 
 static enum drop send_cut(struct transmitter *transmitter, const struct peer *peer, const struct offload *offload,
-			  const struct packet *packet)
+			  const struct packet *packet, uint32_t gap)
 {
+	uint8_t headers[CUT_HEADERS_MAX];
 	struct cut cut;
 	enum drop reason = cut_init(&cut, offload, packet);
 
 	if (reason != DROP_NONE)
 		return reason;
+	if (cut.count > 1) { /* else its size may be more than there is */
+		transmitter->layout = layout_of(cut.header, cut.size);
+		transmitter->others = 0;
+	}
+	memcpy(headers, cut.headers, cut.header); /* those of the first segment are written over them */
+	cut.headers = headers;
+	cut.stride += gap;
 	for (uint32_t i = 0; i < cut.count; i++) {
-		uint8_t *payload = packet->data + cut.header + (size_t)i * cut.size;
+		uint8_t *payload = packet->data + cut.header + (size_t)i * cut.stride;
 		uint32_t length = cut_length(&cut, i);
 		struct iovec pieces[2] = {{.iov_len = cut.header}, {.iov_base = payload, .iov_len = length}};
 
@@ -470,8 +508,12 @@ static enum drop send_cut(struct transmitter *transmitter, const struct peer *pe
 			continue;
 		}
 		reserve(transmitter, peer, cut.header);
-		pieces[0].iov_base = transmitter->headers + transmitter->header_bytes;
-		transmitter->header_bytes += cut.header;
+		if (i == 0 || gap > 0) {
+			pieces[0].iov_base = payload - cut.header;
+		} else {
+			pieces[0].iov_base = transmitter->headers + transmitter->header_bytes;
+			transmitter->header_bytes += cut.header;
+		}
 		cut_header(&cut, i, payload, length, pieces[0].iov_base);
 		append(transmitter, peer, pieces, 2);
 	}
@@ -511,23 +553,61 @@ static bool is_cut_too_big(const struct peer *peer, const struct offload *offloa
 	return cut.header + cut_length(&cut, 0) > peer->mtu;
 }
 
-static enum drop take(struct transmitter *transmitter, const struct offload *offload, uint8_t *data, size_t length)
+/* Bytes between the payloads of a packet's segments; 0: it lies in one piece. */
+static uint32_t gap_of(const struct found *found)
+{
+	return found->length > found->layout.header + found->layout.size ? found->layout.header : 0;
+}
+
+static void close_gaps(struct found *found)
+{
+	uint32_t gap = gap_of(found), size = found->layout.size;
+	size_t at = gap + size, skipped = gap;
+
+	for (; gap > 0 && at < found->length; at += size, skipped += gap)
+		memmove(found->data + at, found->data + at + skipped,
+			found->length - at < size ? found->length - at : size);
+	found->layout = (struct layout){0};
+}
+
+/* Whether there is a gap in front of each segment but the first, and nowhere else. */
+static bool do_gaps_fit(const struct found *found, const struct offload *offload, const struct packet *packet)
+{
+	struct cut cut;
+
+	return packet->length == found->length && cut_init(&cut, offload, packet) == DROP_NONE &&
+	       cut.header == found->layout.header && cut.size == found->layout.size;
+}
+
+static enum drop parse(struct found *found, const struct offload *offload, struct packet *packet)
+{
+	enum drop reason = packet_parse(packet, found->data, found->length);
+
+	if (gap_of(found) == 0 || (reason == DROP_NONE && do_gaps_fit(found, offload, packet)))
+		return reason;
+	close_gaps(found);
+	return packet_parse(packet, found->data, found->length);
+}
+
+static enum drop take(struct transmitter *transmitter, const struct offload *offload, struct found *found)
 {
 	const struct peer *peer;
 	struct packet packet;
-	enum drop reason = packet_parse(&packet, data, length);
+	enum drop reason = parse(found, offload, &packet);
 	uint32_t segments;
 
 	if (reason != DROP_NONE)
 		return reason;
 	peer = peer_of(transmitter, &packet);
 	if (peer == NULL) {
+		close_gaps(found);
 		worker_icmp(transmitter->worker, &packet, ICMP_NO_ROUTE, 0);
 		return DROP_NO_ROUTE;
 	}
 	if (socket_of(transmitter, peer) < 0)
 		return DROP_NO_SOCKET;
 	if (is_cut_too_big(peer, offload, &packet, &segments)) {
+		close_gaps(found);
 		too_big(transmitter, peer, &packet, peer->mtu, segments);
 		return DROP_NONE;
 	}
@@ -536,21 +616,51 @@ static enum drop take(struct transmitter *transmitter, const struct offload *off
 		return reason;
 	if (offload->type == OFFLOAD_NONE)
 		return send_whole(transmitter, peer, offload, &packet);
-	return send_cut(transmitter, peer, offload, &packet);
+	return send_cut(transmitter, peer, offload, &packet, gap_of(found));
 }
 
-static void take_read(struct transmitter *transmitter, uint8_t *data, size_t length)
+/* Where the bytes of a read go. Returns how many pieces. */
+static size_t lay_out(struct iovec *pieces, uint8_t *data, const struct layout *layout)
 {
-	struct offload offload;
-	enum drop reason = DROP_TRUNCATED;
+	uint32_t each = layout->header + layout->size;
+	size_t left = TX_READ, first = layout->header > 0 ? sizeof(struct offload) + each : left, count = 1;
+	uint8_t *place = data + first + layout->header;
 
+	pieces[0] = (struct iovec){.iov_base = data, .iov_len = first};
+	for (left -= first; left > 0; place += each) {
+		size_t length = left < layout->size ? left : layout->size;
+
+		pieces[count++] = (struct iovec){.iov_base = place, .iov_len = length};
+		left -= length;
+	}
+	return count;
+}
+
+/* Read one packet, and put it among what is to be sent. Returns the bytes that it takes up, or a negative errno. */
+static ssize_t take_next(struct transmitter *transmitter, uint8_t *data)
+{
+	struct found found = {.data = data + sizeof(struct offload), .layout = transmitter->layout};
+	struct iovec pieces[LAYOUT_SEGMENTS + 1];
+	size_t count = lay_out(pieces, data, &found.layout);
+	ssize_t length = readv(transmitter->worker->tun, pieces, (int)count), used;
+	enum drop reason = DROP_TRUNCATED;
+	struct offload offload;
+
+	if (length < 0)
+		return -errno;
 	worker_count(transmitter->worker, COUNT_TUN_PACKETS, 1);
-	if (length > sizeof(offload)) {
+	if (++transmitter->others == TX_OTHERS)
+		transmitter->layout = (struct layout){0};
+	used = length;
+	if ((size_t)length > sizeof(offload)) {
 		memcpy(&offload, data, sizeof(offload));
-		reason = take(transmitter, &offload, data + sizeof(offload), length - sizeof(offload));
+		found.length = (size_t)length - sizeof(offload);
+		used += LAYOUT_SEGMENTS * gap_of(&found);
+		reason = take(transmitter, &offload, &found);
 	}
 	if (reason != DROP_NONE)
 		worker_drop(transmitter->worker, reason, 1);
+	return used;
 }
 
 /* Read what is there, up to a batch, and send it. Returns how many packets, or a negative errno. */
@@ -562,14 +672,12 @@ static int take_batch(struct transmitter *transmitter)
 	transmitter->table = worker_enter(transmitter->worker);
 	transmitter->target_size = 0;
 	while (used < TX_BATCH && count < TX_PACKETS) {
-		uint8_t *data = transmitter->packets + used;
-		ssize_t length = read(transmitter->worker->tun, data, TX_READ);
+		ssize_t length = take_next(transmitter, transmitter->packets + used);
 
 		if (length < 0) {
-			result = -errno;
+			result = (int)length;
 			break;
 		}
-		take_read(transmitter, data, (size_t)length);
 		used += (size_t)length;
 		count++;
 	}
@@ -605,6 +713,8 @@ void transmit(struct worker *worker)
 		return;
 	}
 	transmitter->worker = worker;
+	transmitter->layout = (struct layout){0};
+	transmitter->others = 0;
 	transmitter->header_bytes = 0;
 	transmitter->piece_count = 0;
 	transmitter->message_count = 0;

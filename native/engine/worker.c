@@ -178,10 +178,10 @@ void worker_fail(struct worker *worker, int error, const char *what)
 
 int worker_write(struct worker *worker, const struct offload *offload, struct iovec *pieces, size_t count)
 {
-	struct iovec all[MERGE_PIECES + 1];
+	struct iovec all[MERGE_PIECES + 2];
 	ssize_t written;
 
-	if (count > MERGE_PIECES)
+	if (count > MERGE_PIECES + 1)
 		return -EINVAL;
 	all[0] = (struct iovec){.iov_base = (void *)(uintptr_t)offload, .iov_len = sizeof(*offload)};
 	memcpy(all + 1, pieces, count * sizeof(*pieces));

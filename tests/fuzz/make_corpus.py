@@ -39,7 +39,7 @@ def corpus() -> Iterator[tuple[str, bytes]]:
         parts = [one.bytes() for one in packets]
         yield (
             f"merge/{number:02}.bin",
-            bytes([number % 2]) + b"".join(struct.pack("!H", len(one)) + one for one in parts),
+            bytes([number % 4]) + b"".join(struct.pack("!H", len(one)) + one for one in parts),
         )
     for number, steps in enumerate(_TABLES):
         yield f"table/{number:02}.bin", b"".join(steps)

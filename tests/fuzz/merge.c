@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Any bytes as packets that come one after the other, each behind its length in two bytes. The first byte of all
- * says whether their checksums are made right, without which few are merged. What was merged is cut again: every
- * packet has to come out as it went in.
+ * says whether their checksums are made right, without which few are merged, and whether their payloads are moved away
+ * from their headers. What was merged is cut again: every packet has to come out as it went in.
  */
 #include "fuzz.h"
 #include "packet.h"
@@ -11,6 +11,7 @@ enum { MOST = 200 };
 
 struct given {
 	uint8_t *data;
+	uint8_t *payload; /* where it was moved to, or NULL */
 	uint32_t length;
 	uint8_t *as_it_was;
 };
@@ -68,6 +69,12 @@ static struct given *find(struct state *state, const uint8_t *data, size_t lengt
 	return NULL;
 }
 
+static void free_given(struct given *given)
+{
+	free(given->data);
+	free(given->payload);
+}
+
 static void require_known(struct state *state, uint8_t *data, size_t length)
 {
 	struct packet packet;
@@ -88,11 +95,11 @@ static uint8_t *whole_of(const struct merge *merge, size_t *length)
 	size_t used = 0;
 
 	*length = 0;
-	for (uint32_t i = 0; i < merge->count; i++)
+	for (uint32_t i = 0; i < merge->piece_count; i++)
 		*length += merge->pieces[i].iov_len;
 	whole = malloc(*length);
 	REQUIRE(whole != NULL);
-	for (uint32_t i = 0; i < merge->count; i++) {
+	for (uint32_t i = 0; i < merge->piece_count; i++) {
 		memcpy(whole + used, merge->pieces[i].iov_base, merge->pieces[i].iov_len);
 		used += merge->pieces[i].iov_len;
 	}
@@ -108,6 +115,7 @@ static void on_write(void *context, const struct offload *offload, struct merge 
 	uint8_t *whole;
 
 	REQUIRE(merge->count > 0 && merge->count <= MERGE_PIECES);
+	REQUIRE(merge->piece_count > 0 && merge->piece_count <= MERGE_PIECES + 1);
 	whole = whole_of(merge, &length);
 	REQUIRE(length <= PACKET_MAX);
 	if (offload->type == OFFLOAD_NONE) {
@@ -133,7 +141,21 @@ static void on_write(void *context, const struct offload *offload, struct merge 
 	free(whole);
 }
 
-static void put(struct state *state, struct merger *merger, const uint8_t *data, size_t length, bool mend)
+/* Leave nothing of the payload behind the headers. */
+static uint8_t *move_payload(struct packet *packet)
+{
+	uint32_t header = packet_headers(packet);
+	uint8_t *copy;
+
+	if (header == 0 || header == packet->length)
+		return NULL;
+	copy = copy_of(packet->data + header, packet->length - header);
+	memset(packet->data + header, 0xee, packet->length - header);
+	packet->payload = copy;
+	return copy;
+}
+
+static void put(struct state *state, struct merger *merger, const uint8_t *data, size_t length, bool mend, bool apart)
 {
 	struct given *given = &state->given[state->count];
 	uint8_t *copy = copy_of(data, length);
@@ -151,6 +173,7 @@ static void put(struct state *state, struct merger *merger, const uint8_t *data,
 	given->length = packet.length;
 	given->as_it_was = copy_of(copy, packet.length);
 	forget_identification(given->as_it_was);
+	given->payload = apart ? move_payload(&packet) : NULL;
 	state->count++;
 	merger_put(merger, &packet);
 }
@@ -172,12 +195,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		at += 2;
 		if (length > size - at)
 			length = size - at;
-		put(&state, &merger, data + at, length, (data[0] & 1) != 0);
+		put(&state, &merger, data + at, length, (data[0] & 1) != 0, (data[0] & 2) != 0);
 		at += length;
 	}
 	merger_flush(&merger);
 	REQUIRE(state.came_out == state.count);
 	for (size_t i = 0; i < state.count; i++)
-		free(state.given[i].data);
+		free_given(&state.given[i]);
 	return 0;
 }

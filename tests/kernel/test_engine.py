@@ -672,6 +672,21 @@ def test_underlay_that_takes_less_is_noticed(stack: ExitStack, outer: Family) ->
     transfer(ONE, TWO, size=4 << 20)
 
 
+def test_row_that_the_path_refuses_arrives_in_its_order(
+    engines: tuple[Engine, Engine], stack: ExitStack
+) -> None:
+    """The kernel takes no such message: each datagram goes by itself, in fragments."""
+    run_ip([f"route add {format_address(TWO.wire())} dev eth0 mtu lock 1300"], ONE)
+    one, two = udp_pair(stack)
+    one.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DONT)
+    one.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 1400)
+    for number in range(3):  # the second and third are read as the first was
+        data = random.Random(number).randbytes(1400 * 7 + 5)
+        one.send(data)
+        assert [two.recv(65536) for _ in range(8)] == [data[n : n + 1400] for n in range(0, len(data), 1400)]
+    assert engines[0].counters()["fragments"] >= 2 * 7
+
+
 def test_full_socket_drops_and_nobody_hangs(stack: ExitStack) -> None:
     """A wire of 64 kbit/s, and a socket that holds little: what does not fit is dropped, as a device does."""
     engine = inside(

@@ -1,80 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of datagrams that were never cut, through the engine's socket for them.
+"""Rows of datagrams that were never cut, through the engine's socket for them."""
 
-A pair of sockets stands in for the TUN device, so that what is written to it is seen byte by byte. Rows come
-over the loopback interface, which cuts none.
-"""
-
-import socket
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from socket import socket
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loden.tables.engine import Engine, Peer
 from tests import packets
+from tests.engine_ends import Ends, bound
 from tests.packets import Ip, Ip4, Ip6, Raw, Tcp, Udp
 
-UDP_SEGMENT = 103  # <linux/udp.h>
-PATIENCE_S = 10.0
-HOME = b"\x7f\0\0\1"
 ROW = Ip4(inner=Udp(payload=bytes(range(250)) * 4))
 
 
-class Rows:
-    """An engine with a socket for rows, the end of its device that is ours, and a peer that sends rows."""
-
-    def __init__(self, stack: ExitStack, *, allow_unknown: bool = False) -> None:
-        self.device, tun = (
-            stack.enter_context(one) for one in socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        )
-        self.device.settimeout(PATIENCE_S)
-        self.sender, plain, rows = (stack.enter_context(_bound()) for _ in range(3))
-        self.place = rows.getsockname()
-        self.engine = Engine([tun.fileno()], [plain.fileno()], [rows.fileno()], allow_unknown=allow_unknown)
-        port = self.sender.getsockname()[1]
-        subnets = ((Ip4().source[:3] + b"\0", 24), (Ip6().source[:8] + bytes(8), 64))
-        self.engine.change([Peer(address, length, HOME, port) for address, length in subnets], ())
-        stack.callback(self.engine.stop)
-        self.engine.start()
-
-    def send(self, row: bytes, size: int, *, sender: socket.socket | None = None) -> None:
-        """Send what a tunnel leaves of a row: a message with so many bytes of payload in each datagram."""
-        sender = sender or self.sender
-        sender.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, size)
-        sender.sendto(row, self.place)
-
-    def settled(self, before: dict[str, int]) -> dict[str, int]:
-        """What has been counted since, when one message more has come: that is counted last."""
-        deadline = time.monotonic() + PATIENCE_S
-        while (now := self.engine.counters())["udp_receives"] == before["udp_receives"]:
-            assert time.monotonic() < deadline, "it never came"
-            time.sleep(0.001)
-        return {name: now[name] - before[name] for name in now if now[name] != before[name]}
-
-    def dropped(self, row: bytes, size: int, *, sender: socket.socket | None = None) -> dict[str, int]:
-        """The reasons that are counted for a row."""
-        before = self.engine.counters()
-        self.send(row, size, sender=sender)
-        found = self.settled(before)
-        assert (found.pop("udp_packets"), found.pop("udp_receives")) == (1, 1)
-        return found
-
-
-def _bound() -> socket.socket:
-    opened = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    opened.bind(("127.0.0.1", 0))
-    return opened
+def dropped(rows: Ends, row: bytes, size: int, *, sender: socket | None = None) -> dict[str, int]:
+    """The reasons that are counted for a row."""
+    before = rows.engine.counters()
+    rows.send(row, size, row=True, sender=sender)
+    found = rows.settled(before)
+    assert (found.pop("udp_packets"), found.pop("udp_receives")) == (1, 1)
+    return found
 
 
 @pytest.fixture(scope="module")
-def rows() -> Iterator[Rows]:
+def rows() -> Iterator[Ends]:
     with ExitStack() as stack:
-        yield Rows(stack)
+        yield Ends(stack)
 
 
 def of_row(packet: Ip, size: int) -> bytes:
@@ -99,11 +54,11 @@ def row(draw: st.DrawFn) -> tuple[Ip, int]:
 
 
 @given(row())
-def test_row_is_handed_on_as_it_came_one_hop_older(rows: Rows, found: tuple[Ip, int]) -> None:
+def test_row_is_handed_on_as_it_came_one_hop_older(rows: Ends, found: tuple[Ip, int]) -> None:
     packet, size = found
     before = rows.engine.counters()
-    rows.send(of_row(packet, size), size)
-    written = rows.device.recv(1 << 17)
+    rows.send(of_row(packet, size), size, row=True)
+    written = rows.written()
     older = packets.super_packet(packet, size)
     expected = older[: packets.OFFLOAD.size] + packets.forward(older[packets.OFFLOAD.size :])
     assert written == expected
@@ -118,22 +73,21 @@ def test_row_is_handed_on_as_it_came_one_hop_older(rows: Rows, found: tuple[Ip, 
     }
 
 
-def test_peer_is_credited_with_each_datagram(rows: Rows) -> None:
+def test_peer_is_credited_with_each_datagram(rows: Ends) -> None:
     before, counted = rows.engine.counters(), rows.engine.peer_counters()[0]
-    rows.send(of_row(ROW, 64), 64)
-    rows.device.recv(1 << 17)
+    rows.send(of_row(ROW, 64), 64, row=True)
+    rows.written()
     rows.settled(before)
     now = rows.engine.peer_counters()[0]
     assert (now.rx_packets - counted.rx_packets, now.rx_bytes - counted.rx_bytes) == (16, 16 * 28 + 1000)
 
 
-def test_datagrams_that_are_no_row_are_taken_each_by_itself(rows: Rows) -> None:
+def test_datagrams_that_are_no_row_are_taken_each_by_itself(rows: Ends) -> None:
     """Every process of this host can send to the socket: what comes so is as good as at the other."""
     packet = msgspec.structs.replace(ROW, inner=Udp(payload=b"one")).bytes()
     before = rows.engine.counters()
-    rows.sender.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 0)
-    rows.sender.sendto(packet, rows.place)
-    assert rows.device.recv(1 << 17)[packets.OFFLOAD.size :] == packets.forward(packet)
+    rows.send(packet, 0, row=True)
+    assert rows.written()[packets.OFFLOAD.size :] == packets.forward(packet)
     assert rows.settled(before)["rx_packets"] == 1
 
 
@@ -147,45 +101,45 @@ def test_datagrams_that_are_no_row_are_taken_each_by_itself(rows: Rows) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_row_that_may_not_come_in_is_dropped_for_its_reason(rows: Rows, packet: Ip4, reason: str) -> None:
-    assert rows.dropped(of_row(packet, 64), 64) == {reason: 1}
+def test_row_that_may_not_come_in_is_dropped_for_its_reason(rows: Ends, packet: Ip4, reason: str) -> None:
+    assert dropped(rows, of_row(packet, 64), 64) == {reason: 1}
 
 
-def test_row_of_another_protocol_is_dropped(rows: Rows) -> None:
+def test_row_of_another_protocol_is_dropped(rows: Ends) -> None:
     packet = msgspec.structs.replace(ROW, inner=Raw(protocol=132, payload=bytes(1000)))
-    assert rows.dropped(packet.bytes(), 64) == {"offload": 1}
+    assert dropped(rows, packet.bytes(), 64) == {"offload": 1}
 
 
-def test_row_whose_length_lies_is_dropped(rows: Rows) -> None:
+def test_row_whose_length_lies_is_dropped(rows: Ends) -> None:
     row = of_row(ROW, 64)
-    assert rows.dropped(row + b"more", 64) == {"length": 1}
-    assert rows.dropped(row[:-1], 64) == {"length": 1}
-    assert rows.dropped(row[:20], 10) == {"length": 1}
-    assert rows.dropped(row[:19], 10) == {"truncated": 1}
+    assert dropped(rows, row + b"more", 64) == {"length": 1}
+    assert dropped(rows, row[:-1], 64) == {"length": 1}
+    assert dropped(rows, row[:20], 10) == {"length": 1}
+    assert dropped(rows, row[:19], 10) == {"truncated": 1}
 
 
-def test_packets_behind_each_other_are_no_row(rows: Rows) -> None:
+def test_packets_behind_each_other_are_no_row(rows: Ends) -> None:
     """What the kernel has merged out of several datagrams: each is a whole packet."""
     packet = msgspec.structs.replace(ROW, inner=Udp(payload=bytes(36))).bytes()
-    assert rows.dropped(packet * 3, len(packet)) == {"length": 1}
+    assert dropped(rows, packet * 3, len(packet)) == {"length": 1}
 
 
-def test_row_of_a_stranger_is_dropped_or_let_in_on_demand(rows: Rows) -> None:
-    with _bound() as stranger, ExitStack() as stack:
-        assert rows.dropped(of_row(ROW, 64), 64, sender=stranger) == {"unknown_peer": 1}
-        openly = Rows(stack, allow_unknown=True)
-        openly.send(of_row(ROW, 64), 64, sender=stranger)
-        assert len(openly.device.recv(1 << 17)) == packets.OFFLOAD.size + len(ROW.bytes())
+def test_row_of_a_stranger_is_dropped_or_let_in_on_demand(rows: Ends) -> None:
+    with bound() as stranger, ExitStack() as stack:
+        assert dropped(rows, of_row(ROW, 64), 64, sender=stranger) == {"unknown_peer": 1}
+        openly = Ends(stack, allow_unknown=True)
+        openly.send(of_row(ROW, 64), 64, row=True, sender=stranger)
+        assert len(openly.written()) == packets.OFFLOAD.size + len(ROW.bytes())
 
 
 def rows_come_apart() -> None:
     """A row's datagrams come one by one: to be run with ``tests/kernel/old_kernel.c`` loaded."""
     with ExitStack() as stack:
-        found = Rows(stack)
+        found = Ends(stack)
         packet = msgspec.structs.replace(ROW, inner=Udp(payload=bytes(range(250)) * 4 + b"end"))
         for _ in range(2):
-            found.send(of_row(packet, 100), 100)
-            written = [found.device.recv(1 << 17)[packets.OFFLOAD.size :] for _ in range(11)]
+            found.send(of_row(packet, 100), 100, row=True)
+            written = [found.written()[packets.OFFLOAD.size :] for _ in range(11)]
             assert written == [packets.forward(one) for one in packets.segments(packet, 100)]
         counts = found.engine.counters()
         assert (counts["merged"], counts["tun_writes"]) == (0, 23), "it is tried once"
