@@ -28,7 +28,7 @@ class Ends:
     Args:
         stack: ends it.
         rows: what the socket for rows is bound to. Another address than where rows are sent, 127.0.0.1, makes
-            them such as the eBPF program hands over, with the socket's port for the bytes of each piece.
+            them such as the eBPF program hands over.
         narrow: the MTU of one more subnet of the peer, those of :data:`NARROW4` and :data:`NARROW6`.
         source6, allow_unknown: as in :class:`Engine`.
     """

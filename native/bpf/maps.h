@@ -34,6 +34,8 @@ const volatile struct {
 	__u8 allow_unknown; /* take in whatever arrives, as flannel does */
 	__u8 pad;
 	__u32 tun;      /* index of the TUN device */
+	__be32 inside4; /* this host's address in the tunnel; the next one is that of its containers' bridge */
+	__be32 inside6[4];
 } settings SEC(".rodata.settings") = {};
 
 /*
@@ -111,7 +113,7 @@ struct {
 	__type(value, __u32);
 } remotes SEC(".maps");
 
-/* The engine's socket for rows: UDP super-packets (SKB_GSO_UDP_L4) that were never cut. */
+/* The engine's socket for super-packets that were never cut. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKMAP);
 	__uint(max_entries, 1);
@@ -126,7 +128,7 @@ enum counter {
 	RX_PACKETS,
 	RX_BYTES,
 	TO_ENGINE,    /* a packet for the TUN's reader: no peer known, too big, no way known, not plain */
-	FROM_ENGINE,  /* a datagram for a socket's reader: fragments, options, several packets in one, rows */
+	FROM_ENGINE,  /* a datagram for a socket's reader: fragments, options, several packets in one, super-packets */
 	DROP_TTL,     /* the inner packet has lived long enough */
 	DROP_UNKNOWN, /* the datagram's sender is no peer */
 	DROP_SPOOFED, /* the sender is a peer, the inner source is not in its subnet */
@@ -134,7 +136,7 @@ enum counter {
 	DROP_VERSION,
 	DROP_LENGTH,
 	DROP_CHECKSUM,
-	DROP_FAILED,  /* the kernel could not add or remove the headers */
+	DROP_FAILED,  /* the kernel could not add, remove or change headers */
 	COUNTERS,
 };
 
@@ -156,6 +158,19 @@ static inline void copy6(__be32 to[4], const volatile __be32 from[4])
 static inline bool same6(const volatile __be32 one[4], const volatile __be32 other[4])
 {
 	return one[0] == other[0] && one[1] == other[1] && one[2] == other[2] && one[3] == other[3];
+}
+
+static inline bool is_own4(__be32 address)
+{
+	return bpf_ntohl(address) - bpf_ntohl(settings.inside4) <= 1;
+}
+
+static inline bool is_own6(const volatile __be32 address[4])
+{
+	const volatile __be32 *own = settings.inside6;
+
+	return address[0] == own[0] && address[1] == own[1] && address[2] == own[2] &&
+	       bpf_ntohl(address[3]) - bpf_ntohl(own[3]) <= 1;
 }
 
 static inline void count(__u32 what, __u64 by)

@@ -111,17 +111,21 @@ static int socket_of_family(const struct engine *engine, int family, size_t numb
 	return count == 0 ? -1 : found[number % count];
 }
 
-static int prepare_sockets(const int *sockets, size_t count)
+static int prepare_sockets(const int *sockets, size_t count, bool are_for_rows)
 {
 	const int on = 1;
 
 	for (size_t i = 0; i < count; i++) {
 		int family = socket_family(sockets[i]);
+		bool is_ipv6 = family == AF_INET6;
 
 		if (family < 0)
 			return family;
 		/* A kernel that cannot put datagrams together gives them one by one. */
 		(void)setsockopt(sockets[i], IPPROTO_UDP, UDP_GRO, &on, sizeof(on));
+		if (are_for_rows && setsockopt(sockets[i], is_ipv6 ? IPPROTO_IPV6 : IPPROTO_IP,
+					       is_ipv6 ? IPV6_RECVORIGDSTADDR : IP_RECVORIGDSTADDR, &on, sizeof(on)) < 0)
+			return -errno;
 	}
 	return 0;
 }
@@ -176,9 +180,9 @@ static int engine_init(struct engine *engine, const struct engine_config *config
 	if (result == 0)
 		result = duplicate(engine->rows, &engine->row_count, config->rows, config->row_count);
 	if (result == 0)
-		result = prepare_sockets(engine->udp, engine->udp_count);
+		result = prepare_sockets(engine->udp, engine->udp_count, false);
 	if (result == 0)
-		result = prepare_sockets(engine->rows, engine->row_count);
+		result = prepare_sockets(engine->rows, engine->row_count, true);
 	if (result == 0)
 		result = table_build(&table, NULL, NULL, 0, NULL, 0);
 	if (result < 0)

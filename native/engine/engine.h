@@ -6,6 +6,8 @@
  *     TUN queue ◀─writev── merge, check ◀──────recvmmsg, UDP_GRO────── UDP socket      a receiver each socket
  *     TUN queue ◀─writev── check ◀─────────────recvmmsg, UDP_GRO────── row socket      the same
  *
+ * A row is a super-packet that was never cut, of datagrams or of TCP: it comes as one packet and goes on as one.
+ *
  * Functions return 0 or a negative errno. One engine may be used by several threads.
  */
 #ifndef LODEN_ENGINE_H
@@ -23,7 +25,7 @@ struct engine_config {
 	size_t tun_count;
 	const int *udp;
 	size_t udp_count;
-	const int *rows; /* sockets for rows: UDP super-packets that were never cut; nothing is sent through them */
+	const int *rows; /* sockets for rows; nothing is sent through them */
 	size_t row_count;
 	const uint8_t *source4; /* the source of ICMP errors; NULL: none are sent */
 	const uint8_t *source6;

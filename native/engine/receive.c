@@ -25,7 +25,7 @@ struct message {
 	struct sockaddr_storage from;
 	struct iovec piece;
 	union {
-		char space[CMSG_SPACE(sizeof(int))];
+		char space[CMSG_SPACE(sizeof(int)) + CMSG_SPACE(sizeof(struct sockaddr_in6))];
 		struct cmsghdr align;
 	} control;
 };
@@ -42,7 +42,8 @@ struct receiver {
 	uint8_t *aside;		/* the headers of their packets, but for each first one */
 	struct iovec pieces[RX_FEW][2 * LAYOUT_SEGMENTS]; /* where each of them goes */
 	struct merger merger;
-	bool is_gone; /* the TUN device */
+	bool is_gone;		 /* the TUN device */
+	struct endpoint own;	 /* the socket */
 	/* The last inner source and its peer: most packets come in rows. */
 	const struct peer *peer;
 	uint8_t source[16];
@@ -92,6 +93,20 @@ static int write_udp(struct receiver *receiver, const struct offload *offload, s
 	return write_apart(receiver, &cut, pieces);
 }
 
+/* Write a super-packet of so many packets, or one packet. */
+static int write_merged(struct receiver *receiver, const struct offload *offload, struct iovec *pieces, size_t count,
+			const struct packet *whole, uint32_t packets)
+{
+	int result;
+
+	if (offload->type == OFFLOAD_UDP)
+		return write_udp(receiver, offload, pieces, count, whole, packets);
+	result = worker_write(receiver->worker, offload, pieces, count);
+	if (result == 0 && packets > 1)
+		worker_count(receiver->worker, COUNT_MERGED, packets);
+	return result;
+}
+
 /* What came of writing so many packets. */
 static void count_written(struct receiver *receiver, int result, uint32_t packets, uint64_t bytes)
 {
@@ -127,13 +142,7 @@ static void on_merged(void *context, const struct offload *offload, struct merge
 	whole.length = merge->header + merge->total;
 	if (merge->count > 1)
 		receiver->layout = layout_of(merge->header, merge->size);
-	if (offload->type == OFFLOAD_UDP) {
-		result = write_udp(receiver, offload, merge->pieces, merge->piece_count, &whole, merge->count);
-	} else {
-		result = worker_write(receiver->worker, offload, merge->pieces, merge->piece_count);
-		if (result == 0 && merge->count > 1)
-			worker_count(receiver->worker, COUNT_MERGED, merge->count);
-	}
+	result = write_merged(receiver, offload, merge->pieces, merge->piece_count, &whole, merge->count);
 	count_written(receiver, result, merge->count, (uint64_t)merge->count * merge->header + merge->total);
 }
 
@@ -183,7 +192,7 @@ static enum drop take(struct receiver *receiver, uint32_t endpoint, struct packe
 	return DROP_NONE;
 }
 
-/* Datagrams in a row that were never cut: one packet, with so many bytes of payload in each of them. */
+/* A row: so many bytes of payload are in each of its packets. */
 static enum drop take_row(struct receiver *receiver, uint32_t endpoint, struct packet *packet, size_t length,
 			  size_t size)
 {
@@ -204,25 +213,21 @@ static enum drop take_row(struct receiver *receiver, uint32_t endpoint, struct p
 	merger_flush(&receiver->merger); /* what came before it on this socket */
 	if (receiver->is_gone)
 		return DROP_NONE;
-	result = write_udp(receiver, &offload, &piece, 1, packet, cut.count);
+	result = write_merged(receiver, &offload, &piece, 1, packet, cut.count);
 	count_written(receiver, result, cut.count, bytes);
 	return DROP_NONE;
 }
 
-/* Bytes of each datagram in a message; the kernel says so where it has put several together. */
-static size_t datagram_size(struct msghdr *header, size_t length)
+/* What came to another address than the socket's own was handed over by loden_decap (native/bpf/decapsulate.h). */
+static bool is_handed(const struct receiver *receiver, const struct cmsghdr *control)
 {
-	for (struct cmsghdr *one = CMSG_FIRSTHDR(header); one != NULL; one = CMSG_NXTHDR(header, one)) {
-		int size;
+	struct endpoint to = {.size = 0}, own = receiver->own;
+	size_t length = control->cmsg_len - CMSG_LEN(0);
 
-		if (one->cmsg_level != IPPROTO_UDP || one->cmsg_type != UDP_GRO ||
-		    one->cmsg_len < CMSG_LEN(sizeof(size)))
-			continue;
-		memcpy(&size, CMSG_DATA(one), sizeof(size));
-		if (size > 0 && (size_t)size < length)
-			return (size_t)size;
-	}
-	return length;
+	memcpy(&to.address, CMSG_DATA(control), length < sizeof(to.address) ? length : sizeof(to.address));
+	if (to.address.any.sa_family == AF_INET)
+		return to.address.ipv4.sin_addr.s_addr != own.address.ipv4.sin_addr.s_addr;
+	return memcmp(&to.address.ipv6.sin6_addr, &own.address.ipv6.sin6_addr, sizeof(struct in6_addr)) != 0;
 }
 
 static uint8_t *aside_of(const struct receiver *receiver, size_t index)
@@ -236,8 +241,27 @@ struct arrival {
 	uint8_t *aside; /* the headers of all packets but the first; NULL: each is in front of its payload */
 	struct layout layout;
 	size_t length;
-	size_t each; /* bytes of each datagram but the last */
+	size_t each; /* bytes of each datagram but the last; of a row, of its payloads */
+	bool is_handed;
 };
+
+/* What else the kernel says of a message: how large the datagrams are that it has put together, and where they went. */
+static void read_control(const struct receiver *receiver, struct arrival *arrival, struct msghdr *header)
+{
+	arrival->each = arrival->length;
+	for (struct cmsghdr *one = CMSG_FIRSTHDR(header); one != NULL; one = CMSG_NXTHDR(header, one)) {
+		if (one->cmsg_level == IPPROTO_UDP && one->cmsg_type == UDP_GRO) {
+			int size;
+
+			memcpy(&size, CMSG_DATA(one), sizeof(size));
+			if (size > 0 && (size_t)size < arrival->length)
+				arrival->each = (size_t)size;
+		} else if ((one->cmsg_level == IPPROTO_IP && one->cmsg_type == IP_ORIGDSTADDR) ||
+			   (one->cmsg_level == IPPROTO_IPV6 && one->cmsg_type == IPV6_ORIGDSTADDR)) {
+			arrival->is_handed = is_handed(receiver, one);
+		}
+	}
+}
 
 /* Put the headers back in front of their payloads. */
 static void put_together(struct arrival *arrival)
@@ -269,8 +293,14 @@ static enum drop parse(struct arrival *arrival, size_t at, size_t length, struct
 	return reason;
 }
 
+/* Whether a message is a row, and not several packets or one. */
+static bool is_row(const struct receiver *receiver, const struct arrival *arrival)
+{
+	return receiver->worker->takes_rows && (arrival->each < arrival->length || arrival->is_handed);
+}
+
 static enum drop take_packet(struct receiver *receiver, struct arrival *arrival, uint32_t endpoint, size_t at,
-			     size_t length, bool is_row)
+			     size_t length)
 {
 	struct packet packet;
 	enum drop reason = parse(arrival, at, length, &packet);
@@ -283,9 +313,11 @@ static enum drop take_packet(struct receiver *receiver, struct arrival *arrival,
 	}
 	if (reason != DROP_NONE)
 		return reason;
-	if (is_row)
+	if (!is_row(receiver, arrival))
+		return take(receiver, endpoint, &packet);
+	if (packet.protocol != IPPROTO_TCP)
 		return take_row(receiver, endpoint, &packet, length, arrival->each);
-	return take(receiver, endpoint, &packet);
+	return arrival->is_handed ? take_row(receiver, endpoint, &packet, length, row_size(&packet)) : DROP_OFFLOAD;
 }
 
 static void take_message(struct receiver *receiver, size_t index)
@@ -296,12 +328,9 @@ static void take_message(struct receiver *receiver, size_t index)
 		.data = receiver->buffers + index * RX_BUFFER,
 		.layout = receiver->expected,
 		.length = header->msg_len,
-		.each = datagram_size(&header->msg_hdr, header->msg_len),
 	};
 	uint32_t endpoint = table_endpoint(receiver->table, header->msg_hdr.msg_name, header->msg_hdr.msg_namelen);
 	bool is_stranger = endpoint == ENDPOINT_UNKNOWN && !worker->engine->allow_unknown;
-	/* What comes in one piece though it has several datagrams. */
-	bool is_row = worker->takes_rows && arrival.each < arrival.length;
 	size_t at = 0, first = arrival.layout.header + arrival.layout.size;
 
 	if (header->msg_hdr.msg_flags & MSG_TRUNC) {
@@ -309,17 +338,19 @@ static void take_message(struct receiver *receiver, size_t index)
 		worker_drop(worker, DROP_OVERSIZED, 1);
 		return;
 	}
+	read_control(receiver, &arrival, &header->msg_hdr);
 	if (header->msg_hdr.msg_iovlen > 1 && arrival.length > first && !is_stranger) {
 		arrival.aside = aside_of(receiver, index);
 		if (arrival.each != first)
 			put_together(&arrival);
 	}
 	do {
-		size_t left = arrival.length - at, length = is_row || left < arrival.each ? left : arrival.each;
+		size_t left = arrival.length - at;
+		size_t length = is_row(receiver, &arrival) || left < arrival.each ? left : arrival.each;
 		enum drop reason = DROP_UNKNOWN_PEER;
 
 		if (!is_stranger)
-			reason = take_packet(receiver, &arrival, endpoint, at, length, is_row);
+			reason = take_packet(receiver, &arrival, endpoint, at, length);
 		worker_count(worker, COUNT_UDP_PACKETS, 1);
 		if (reason != DROP_NONE)
 			worker_drop(worker, reason, 1);
@@ -353,7 +384,8 @@ static size_t lay_out(struct receiver *receiver, size_t index, const struct layo
 
 static void prepare(struct receiver *receiver)
 {
-	bool is_expected = receiver->at_once == RX_FEW && receiver->layout.header > 0 && !receiver->worker->takes_rows;
+	bool is_expected = receiver->at_once == RX_FEW && receiver->layout.header > 0 &&
+			   !receiver->worker->takes_rows;
 
 	receiver->expected = receiver->layout;
 	for (size_t i = 0; i < receiver->at_once; i++) {
@@ -461,6 +493,8 @@ void receive(struct worker *worker)
 	} else {
 		receiver->worker = worker;
 		receiver->at_once = RX_MESSAGES;
+		receiver->own.size = sizeof(receiver->own.address);
+		(void)getsockname(worker->udp[0], &receiver->own.address.any, &receiver->own.size); /* it is bound */
 		merger_init(&receiver->merger, on_merged, receiver);
 		receive_all(receiver);
 	}

@@ -91,6 +91,13 @@ static uint32_t cut_pseudo_sum(const struct offload *offload, const struct packe
 	return checksum_fold((uint64_t)load16_raw(packet->data + place) + (uint16_t)~length);
 }
 
+static uint8_t offload_type(const struct packet *packet)
+{
+	if (packet->protocol != IPPROTO_TCP)
+		return OFFLOAD_UDP;
+	return packet->version == 4 ? OFFLOAD_TCP4 : OFFLOAD_TCP6;
+}
+
 enum drop cut_init(struct cut *ret, const struct offload *offload, const struct packet *packet)
 {
 	uint32_t transport, header;
@@ -117,21 +124,38 @@ enum drop cut_init(struct cut *ret, const struct offload *offload, const struct 
 	return DROP_NONE;
 }
 
+uint16_t row_size(const struct packet *packet)
+{
+	uint32_t behind = packet->length - packet->network;
+	uint8_t *checksum;
+	uint16_t size;
+
+	if (packet->protocol != IPPROTO_TCP || packet->has_options || transport_length(packet) == 0)
+		return 0;
+	checksum = packet->data + packet->network + TCP_CHECKSUM;
+	size = load16(checksum);
+	store16_raw(checksum, checksum_fold(pseudo_length(pseudo_sum(packet), behind)));
+	return size;
+}
+
 enum drop row_init(struct cut *ret, struct offload *offload, const struct packet *packet, uint16_t size)
 {
 	enum drop reason;
 
 	*offload = (struct offload){
 		.flags = OFFLOAD_NEEDS_CHECKSUM,
-		.type = OFFLOAD_UDP,
+		.type = offload_type(packet),
 		.size = size,
 		.checksum_start = packet->network,
-		.checksum_offset = UDP_CHECKSUM,
+		.checksum_offset = (uint16_t)checksum_place(packet->protocol),
 	};
 	reason = cut_init(ret, offload, packet);
-	if (reason == DROP_NONE)
-		offload->header = (uint16_t)ret->header;
-	return reason;
+	if (reason != DROP_NONE)
+		return reason;
+	offload->header = (uint16_t)ret->header;
+	if (packet->protocol == IPPROTO_TCP && (packet->data[packet->network + TCP_FLAGS] & TCP_CWR))
+		offload->type |= OFFLOAD_ECN;
+	return DROP_NONE;
 }
 
 uint32_t cut_length(const struct cut *cut, uint32_t index)
@@ -332,7 +356,7 @@ static struct offload merge_finish(struct merge *merge)
 		    checksum_fold(pseudo_length(pseudo_sum(first), behind)));
 	return (struct offload){
 		.flags = OFFLOAD_NEEDS_CHECKSUM,
-		.type = !is_tcp ? OFFLOAD_UDP : first->version == 4 ? OFFLOAD_TCP4 : OFFLOAD_TCP6,
+		.type = offload_type(first),
 		.header = (uint16_t)merge->header,
 		.size = (uint16_t)merge->size,
 		.checksum_start = first->network,

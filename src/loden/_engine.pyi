@@ -41,8 +41,10 @@ class Engine:
             udp: bound UDP sockets of any family, 1 to 64, in which ``IP_MTU_DISCOVER`` is set to ``DO``. They
                 become non-blocking, get ``UDP_GRO``, and a receiver reads each; datagrams leave through one
                 of the family of the peer's outer address.
-            rows: the same, 0 to 64, of sockets where rows of datagrams come that were never cut: one packet
-                with headers once, and ``UDP_GRO`` says how many bytes of payload each datagram has. Nothing
+            rows: the same, 0 to 64, of sockets where rows come: super-packets that were never cut, one
+                packet with headers once. Of datagrams ``UDP_GRO`` says how many bytes of payload each has. Of
+                TCP the place of the checksum says it, in packets that came to another address than that which
+                the socket is bound to: they get ``IP_RECVORIGDSTADDR`` or ``IPV6_RECVORIGDSTADDR``. Nothing
                 is sent through them.
             source4: this host's tunnel address, where ICMP errors come from; without it there are none. The
                 kernel takes them from that address only where the device's ``accept_local`` is 1.

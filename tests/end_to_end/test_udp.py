@@ -312,6 +312,29 @@ def test_row_that_nobody_has_cut_is_handed_on_as_one(make_hosts: MakeHosts) -> N
     wait_until("a row that is whole", comes_whole)
 
 
+def test_tcp_for_containers_is_handed_on_as_it_came(make_hosts: MakeHosts) -> None:
+    """By the engine, in large packets, so that no bridge cuts them; while there is none, by the programs."""
+    hosts = make_hosts()
+    agents = start_all(hosts, network("ebpf"))
+    source, target = (host.container() for host in hosts)
+    require_bytes_arrive(source, target)
+    engine = status(hosts[1])["engine"]
+    assert isinstance(engine, dict)
+    assert engine["rx_bytes"] > 2_000_000
+    assert engine["rx_bytes"] / engine["tun_writes"] > 10_000
+    agents[1].kill()
+    require_bytes_arrive(source, target)
+    agents[1] = hosts[1].start("--iface", "eth0", "--healthz-port", str(STATUS_PORT))
+    agents[1].wait_ready()
+
+    def comes_whole() -> bool:
+        require_bytes_arrive(source, target)
+        engine = status(hosts[1])["engine"]
+        return isinstance(engine, dict) and engine["rx_bytes"] > 2_000_000
+
+    wait_until("TCP that the new agent hands on", comes_whole)
+
+
 def test_killed_and_started_again_no_packet_is_lost(make_hosts: MakeHosts) -> None:
     hosts = make_hosts()
     agents = start_all(hosts, network("ebpf"))

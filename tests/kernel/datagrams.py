@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from loden.address import Family
+from loden.address import Family, parse_address
 
 IP_PROTOCOL_UDP = 17
 ETHERNET_BYTES = 14
@@ -96,6 +96,11 @@ class Wire(msgspec.Struct, frozen=True):
     nobody: str
     peers: Mapping[str, tuple[str, int]]
     port: int = 8285
+
+    @property
+    def inside(self) -> bytes:
+        """The address of the host under test in the container network, packed: the first of its subnet."""
+        return parse_address(self.own_container)[:-1] + b"\0"
 
     @property
     def headers(self) -> int:

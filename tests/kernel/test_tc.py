@@ -29,7 +29,9 @@ class Hooks:
     def __init__(self) -> None:
         self.requests = Netlink()
         self.index = link_json("eth0")["ifindex"]
-        self.paths = [FastPath(Settings(parse_address(WIRE.own), WIRE.port, 1)) for _ in range(2)]
+        self.paths = [
+            FastPath(Settings(parse_address(WIRE.own), WIRE.port, 1, WIRE.inside)) for _ in range(2)
+        ]
 
     def close(self) -> None:
         for path in self.paths:

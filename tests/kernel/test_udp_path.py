@@ -14,11 +14,11 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 
 import pytest
 
-from loden.address import Family, Prefix, parse_address
+from loden.address import Family, Prefix, format_address, parse_address
 from loden.lab.namespaces import inside
 from loden.tables import tc
 from loden.tables.entries import UdpPeer
@@ -37,6 +37,7 @@ _NEEDS_CSUM, _TCPV4, _TCPV6, _UDP_L4 = 1, 1, 4, 5
 _PACKET_OUTGOING = 4
 _SOL_PACKET, _PACKET_AUXDATA, _PACKET_VNET_HDR = 263, 8, 15
 _TP_STATUS_CSUMNOTREADY = 8
+_IP_RECVORIGDSTADDR, _IPV6_RECVORIGDSTADDR = 20, 74  # <linux/in.h>, <linux/in6.h>
 MTU = 65535
 
 
@@ -52,7 +53,7 @@ class PathOnDevices:
         self.eth0, self.tun = link_json("eth0")["ifindex"], link_json("tun0")["ifindex"]
         self.mac = bytes.fromhex(link_json("eth0")["address"].replace(":", ""))
         self.far_mac = bytes.fromhex(link_json("wire")["address"].replace(":", ""))
-        self.path = FastPath(Settings(parse_address(wire.own), wire.port, self.tun))
+        self.path = FastPath(Settings(parse_address(wire.own), wire.port, self.tun, wire.inside))
         for subnet, (remote, port) in wire.peers.items():
             ip(f"neighbour replace {remote} lladdr {link_json('wire')['address']} dev eth0")
             self.put(subnet, remote, port)
@@ -95,11 +96,18 @@ class PathOnDevices:
 
         *before*: bytes of what stands between the IP header and TCP's.
         """
+        counted = self.path.counters()
+        self.inject(packet, size=size, before=before)
+        after = self.path.counters()
+        return {name: after[name] - counted[name] for name in after if after[name] != counted[name]}
+
+    def inject(self, packet: bytes, *, size: int, before: int = 0, device: str = "tun0") -> None:
+        """Send a TCP super-packet out of a device."""
         start, is_ipv4 = len(self.packet(b"")) + before, self.wire.family is Family.IPV4
         header = _VIRTIO.pack(_NEEDS_CSUM, _TCPV4 if is_ipv4 else _TCPV6, start + 20, size, start, 16)
         with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as one:
             one.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
-            return self._send(one, header + packet, 0x0800 if is_ipv4 else 0x86DD)
+            one.sendto(header + packet, (device, 0x0800 if is_ipv4 else 0x86DD))
 
     def _send(self, one: socket.socket, data: bytes, protocol: int) -> dict[str, int]:
         before = self.path.counters()
@@ -130,21 +138,48 @@ class PathOnDevices:
         inner = udp(9, 9, payload)
         return self.wire.packet(self.peer()[0], self.wire.own_container, inner, protocol=socket.IPPROTO_UDP)
 
-    def arrive_super(self, packet: bytes, *, size: int) -> dict[str, int]:
+    def arrive_row(self, packet: bytes, *, size: int) -> dict[str, int]:
         """Come in from the wire encapsulated, as a super-packet of UDP with pieces of so many bytes."""
         _, remote, port = self.peer()
         frame = self.wire.datagram(packet, source=remote, port=port, check=1)
         start = 14 + self.wire.headers - 8
         header = _VIRTIO.pack(_NEEDS_CSUM, _UDP_L4, start + 8, size, start, 6)
-        before = self.path.counters()
-        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as one:
+        with self.counted() as counts, socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as one:
             one.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
             one.bind(("wire", 0))
             one.send(header + self.mac + frame[6:])
+        return counts
+
+    def arrive_tcp(self, packet: bytes, *, size: int) -> dict[str, int]:
+        """The same of TCP, from a peer whose programs encapsulate it: a socket cannot make such a one."""
+        _, remote, port = self.peer()
+        reader = open_queue("tun1")
+        with ExitStack() as stack:
+            stack.callback(os.close, reader)
+            stack.callback(ip, "link delete tun1")
+            ip(f"link set tun1 up mtu {MTU}")
+            ip(f"neighbour replace {self.wire.own} lladdr {link_json('eth0')['address']} dev wire")
+            tun, wire = (link_json(name)["ifindex"] for name in ("tun1", "wire"))
+            far = FastPath(Settings(parse_address(remote), port, tun, self.wire.inside))
+            stack.callback(far.close)
+            target = Prefix(parse_address(self.wire.own_container), self.wire.family.bits)
+            subnet = Prefix.of(target.address, self.wire.family.bits - 8)
+            far.put(UdpPeer("tun1", subnet, parse_address(self.wire.own), self.wire.port, "wire"), wire)
+            self.attach(tun, tc.Hook.EGRESS, ENCAPSULATE, far.encapsulate.fd)
+            with self.counted() as counts:
+                self.inject(packet, size=size, device="tun1")
+        return counts
+
+    @contextmanager
+    def counted(self) -> Iterator[dict[str, int]]:
+        """The counters that move until something has."""
+        counts: dict[str, int] = {}
+        before = self.path.counters()
+        yield counts
         deadline = time.monotonic() + PATIENCE_S
         while (after := self.path.counters()) == before:
             assert time.monotonic() < deadline, "nothing arrives"
-        return {name: after[name] - before[name] for name in after if after[name] != before[name]}
+        counts.update({name: after[name] - before[name] for name in after if after[name] != before[name]})
 
     def arrive(self, frame: bytes) -> dict[str, int]:
         """Come in from the wire, a marker behind it; the counters that the frame alone moved."""
@@ -360,16 +395,73 @@ class TestIn:
         ):
             merge(for_rows, is_on=True)
             path.path.hand_rows_to(for_rows)
-            assert path.arrive_super(row, size=100) == {"from_engine": 1}
+            assert path.arrive_row(row, size=100) == {"from_engine": 1}
             next(ready(for_rows.fileno()))
             data, said, _, sender = for_rows.recvmsg(1 << 17, 64)
             assert data == row
             assert [struct.unpack("=i", value) for *_, value in said] == [(100,)]
             assert sender[:2] == path.peer()[1:]
             for_rows.close()
-            assert path.arrive_super(row, size=100) == {"from_engine": 1}
+            assert path.arrive_row(row, size=100) == {"from_engine": 1}
             next(ready(usual.fileno()))
             assert usual.recv(1 << 17) == row[:100]
+
+    def test_tcp_that_goes_on_is_given_to_the_socket_for_rows(self, path: PathOnDevices) -> None:
+        """With its segments' size for a checksum; when that socket has gone it goes to the device, whole."""
+        tcp = struct.pack("!HHIIBBHHH", 1, 2, 3, 4, 5 << 4, 0x10, 100, 0, 0) + bytes(range(250)) * 12
+        packet = path.wire.packet(path.peer()[0], path.wire.own_container, tcp, protocol=socket.IPPROTO_TCP)
+        with closing(open_for_rows(path.wire.family)) as for_rows:
+            is_ipv4 = path.wire.family is Family.IPV4
+            for_rows.setsockopt(
+                socket.IPPROTO_IP if is_ipv4 else socket.IPPROTO_IPV6,
+                _IP_RECVORIGDSTADDR if is_ipv4 else _IPV6_RECVORIGDSTADDR,
+                1,
+            )
+            path.path.hand_rows_to(for_rows)
+            assert path.arrive_tcp(packet, size=1000) == {"from_engine": 1}
+            next(ready(for_rows.fileno()))
+            data, ((_, _, target),), _, sender = for_rows.recvmsg(1 << 17, 64)
+            place = len(packet) - len(tcp) + 16  # of TCP's checksum
+            assert data[place : place + 2] == struct.pack("!H", 1000)
+            assert data[:place] + packet[place : place + 2] + data[place + 2 :] == path.wire.older(packet)
+            assert path.wire.port.to_bytes(2, "big") == target[2:4]
+            assert parse_address(path.wire.own) in target
+            assert sender[:2] == path.peer()[1:]
+            for_rows.close()
+            counted = path.arrive_tcp(packet, size=1000)
+            assert counted == {"rx_packets": 1, "rx_bytes": len(packet)}
+            assert next(frames(path.near)) == path.wire.older(path.wire.older(packet))
+
+    def test_firewall_that_lets_the_port_in_lets_all_in(self, path: PathOnDevices) -> None:
+        tcp = struct.pack("!HHIIBBHHH", 1, 2, 3, 4, 5 << 4, 0x10, 100, 0, 0) + bytes(3000)
+        packet = path.wire.packet(path.peer()[0], path.wire.own_container, tcp, protocol=socket.IPPROTO_TCP)
+        rules = f"udp dport {path.wire.port} accept; icmpv6 type nd-neighbor-solicit accept"
+        command(
+            "nft add table inet strict { chain input { type filter hook input priority 0; policy drop;"
+            f" {rules}; }}; }}"
+        )
+        try:
+            with closing(open_for_rows(path.wire.family)) as for_rows:
+                merge(for_rows, is_on=True)
+                path.path.hand_rows_to(for_rows)
+                for arrive, sent in ((path.arrive_tcp, packet), (path.arrive_row, path.row(bytes(3000)))):
+                    assert arrive(sent, size=1000) == {"from_engine": 1}
+                    next(ready(for_rows.fileno()))
+                    assert len(for_rows.recv(1 << 17)) == len(sent)
+        finally:
+            command("nft delete table inet strict")
+
+    def test_tcp_for_the_host_itself_is_given_to_nobody(self, path: PathOnDevices) -> None:
+        tcp = struct.pack("!HHIIBBHHH", 1, 2, 3, 4, 5 << 4, 0x10, 100, 0, 0) + bytes(3000)
+        with closing(open_for_rows(path.wire.family)) as for_rows:
+            path.path.hand_rows_to(for_rows)
+            for host in range(3):
+                inside = path.wire.inside[:-1] + bytes([host])
+                packet = path.wire.packet(
+                    path.peer()[0], format_address(inside), tcp, protocol=socket.IPPROTO_TCP
+                )
+                counted = path.arrive_tcp(packet, size=1000)
+                assert list(counted) == (["rx_packets", "rx_bytes"] if host < 2 else ["from_engine"])
 
     def test_vlan_is_somebody_elses(self, path: PathOnDevices) -> None:
         source, remote, port = path.peer()

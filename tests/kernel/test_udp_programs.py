@@ -35,7 +35,8 @@ class Host:
         require_bpf()
         self.wire = wire
         self.allow_unknown = allow_unknown
-        self.path = FastPath(Settings(parse_address(wire.own), wire.port, LOOPBACK, allow_unknown))
+        settings = Settings(parse_address(wire.own), wire.port, LOOPBACK, wire.inside, allow_unknown)
+        self.path = FastPath(settings)
         for subnet, (remote, port) in wire.peers.items():
             self.path.put(UdpPeer("", Prefix.parse(subnet), parse_address(remote), port, ""), LOOPBACK)
 

@@ -323,7 +323,7 @@ class TestAfterwards:
         with caplog.at_level(logging.INFO):
             run(kernel.stand(*EBPF.own(), EBPF.peer(9)))
         assert kernel.carrier(EBPF.device).report()["acceleration"] == "ebpf"
-        assert "takes rows of datagrams one by one: write to eBPF map row_socket" in caplog.text
+        assert "cut TCP's: write to eBPF map row_socket" in caplog.text
 
 
 class TestManyPeers:

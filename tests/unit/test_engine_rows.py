@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of datagrams that were never cut, through the engine's socket for them."""
+"""Super-packets that were never cut, rows of datagrams and TCP, through the engine's socket for them."""
 
+import random
 from collections.abc import Iterator
 from contextlib import ExitStack
 from socket import socket
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests import packets
 from tests.engine_ends import Ends, bound
-from tests.packets import Ip, Ip4, Ip6, Raw, Tcp, Udp
+from tests.packets import ACK, CWR, ECE, FIN, PSH, Ip, Ip4, Ip6, Raw, Tcp, Udp
 
 ROW = Ip4(inner=Udp(payload=bytes(range(250)) * 4))
 
@@ -97,7 +98,6 @@ def test_datagrams_that_are_no_row_are_taken_each_by_itself(rows: Ends) -> None:
         (msgspec.structs.replace(ROW, source=bytes((10, 5, 9, 1))), "spoofed"),
         (msgspec.structs.replace(ROW, ttl=1), "ttl"),
         (msgspec.structs.replace(ROW, mf=True), "offload"),
-        (msgspec.structs.replace(ROW, inner=Tcp(payload=bytes(1000))), "offload"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -130,6 +130,76 @@ def test_row_of_a_stranger_is_dropped_or_let_in_on_demand(rows: Ends) -> None:
         openly = Ends(stack, allow_unknown=True)
         openly.send(of_row(ROW, 64), 64, row=True, sender=stranger)
         assert len(openly.written()) == packets.OFFLOAD.size + len(ROW.bytes())
+
+
+@pytest.fixture(scope="module")
+def handed() -> Iterator[Ends]:
+    """What comes to its socket for rows has come to another address."""
+    with ExitStack() as stack:
+        yield Ends(stack, rows="0.0.0.0")
+
+
+@given(
+    st.one_of(st.integers(1, 64), st.integers(500, 64_000)),
+    st.integers(1, 900),
+    st.sampled_from([0, 12, 40]),
+    st.sampled_from([ACK, ACK | PSH, ACK | FIN, ACK | CWR | ECE]),
+    st.booleans(),
+)
+def test_tcp_that_is_handed_over_is_written_as_it_came(
+    handed: Ends, size: int, more: int, options: int, flags: int, is_ipv4: bool
+) -> None:
+    """The program has left the bytes of each segment in the place of the checksum."""
+    payload = random.Random(size).randbytes(min(size + more, 65_000))
+    tcp = Tcp(flags=flags, options=b"\1" * options, payload=payload)
+    packet = Ip4(inner=tcp) if is_ipv4 else Ip6(inner=tcp)
+    before = handed.engine.counters()
+    handed.send(of_handed(packet, size), 0, row=True)
+    older = packets.super_packet(packet, size, ecn=bool(flags & CWR))
+    header = older[: packets.OFFLOAD.size]
+    assert handed.written() == header + packets.forward(older[packets.OFFLOAD.size :])
+    counted = handed.settled(before)
+    assert counted["merged"] == counted["rx_packets"] == len(packets.segments(packet, size))
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        Ip4(inner=Tcp(payload=bytes(2000))),
+        Ip4(inner=Tcp()),
+        Ip4(inner=Udp(payload=bytes(2000)), mf=True),
+        Ip4(inner=Raw(protocol=6, payload=bytes(19))),
+        Ip4(inner=Raw(protocol=132, payload=bytes(2000))),
+        Ip6(extensions=((60, b"\x3f" + bytes(510)),), inner=Tcp(payload=bytes(2000))),
+    ],
+)
+def test_what_cannot_be_a_row_is_dropped(handed: Ends, packet: Ip) -> None:
+    """A size of nothing, no payload, a fragment, no whole header, no such protocol, headers without end."""
+    before = handed.engine.counters()
+    handed.send(of_handed(packet, 0) if isinstance(packet.inner, Tcp) else packet.bytes(), 0, row=True)
+    assert handed.settled(before) == {"udp_packets": 1, "udp_receives": 1, "offload": 1}
+
+
+def test_tcp_behind_more_headers_says_no_size(handed: Ends) -> None:
+    """What it has in the place of the checksum is a checksum."""
+    packet = Ip6(extensions=((60, b"\0\x01\x04" + bytes(4)),), inner=Tcp(payload=bytes(2000)))
+    before = handed.engine.counters()
+    handed.send(packet.bytes(), 0, row=True)
+    assert handed.settled(before) == {"udp_packets": 1, "udp_receives": 1, "offload": 1}
+
+
+def test_tcp_that_comes_by_itself_is_no_row(rows: Ends) -> None:
+    """Whoever sends to the socket's own address says nothing by that."""
+    packet = Ip4(inner=Tcp(payload=bytes(60_000))).bytes()
+    rows.send(packet, 0, row=True)
+    assert rows.written() == packets.PLAIN + packets.forward(packet)
+
+
+def of_handed(packet: Ip, size: int) -> bytes:
+    """A TCP super-packet as the program hands it over."""
+    whole = packet.bytes()
+    place = packets.check(whole).network + 16
+    return whole[:place] + size.to_bytes(2, "big") + whole[place + 2 :]
 
 
 def rows_come_apart() -> None:

@@ -88,7 +88,7 @@ class Engine:
             are duplicated and become non-blocking. Set what they offload before.
         udp: descriptors of bound UDP sockets, in which ``IP_MTU_DISCOVER`` is ``DO``; the same happens to
             them.
-        rows: the same of sockets that eBPF programs hand rows of datagrams to which nobody has cut
+        rows: the same of sockets that eBPF programs hand super-packets to which nobody has cut
             (:meth:`loden.tables.udp_bpf.FastPath.hand_rows_to`); nothing is sent through them.
         source4: this host's tunnel address, where ICMP errors come from; without it there are none. The
             kernel accepts them only where the device's ``accept_local`` is 1.

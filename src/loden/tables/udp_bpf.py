@@ -3,7 +3,8 @@
 
 ::
 
-    struct settings { be32 own4; be32 own6[4]; be16 port; u8 allow_unknown; u8 pad; u32 tun; };
+    struct settings { u8 own4[4], own6[16]; be16 port; u8 allow_unknown, pad; u32 tun;
+                      u8 inside4[4], inside6[16]; };
     struct subnet4  { u32 length; u8 address[4]; };
     struct peer4    { u8 remote[4]; be16 port; u16 mtu; u32 device; u8 length, is_near, pad[50];
                       u64 tx_packets, tx_bytes; u8 pad2[48]; u64 rx_packets, rx_bytes; };
@@ -36,7 +37,7 @@ COUNTERS = (
     *("ttl", "unknown_peer", "spoofed", "truncated", "version", "length", "checksum", "failed"),
 )
 
-_SETTINGS = struct.Struct("=4s16s2sBxI")
+_SETTINGS = struct.Struct("=4s16s2sBxI4s16s")
 _SUBNET = {Family.IPV4: struct.Struct("=I4s"), Family.IPV6: struct.Struct("=I16s")}
 _PEER = {
     Family.IPV4: struct.Struct("=4s2sHI2B50x2Q48x2Q"),
@@ -53,12 +54,15 @@ class Settings(msgspec.Struct, frozen=True):
         local: the outer address of this host, packed.
         port: its UDP port.
         tun: index of the TUN device.
+        inside: this host's address in the container network, packed; the one behind it is taken for that of
+            the containers' bridge.
         allow_unknown: take in datagrams of whoever sends them.
     """
 
     local: bytes
     port: int
     tun: int
+    inside: bytes
     allow_unknown: bool = False
 
     def pack(self) -> bytes:
@@ -69,6 +73,8 @@ class Settings(msgspec.Struct, frozen=True):
             self.port.to_bytes(2, "big"),
             self.allow_unknown,
             self.tun,
+            self.inside if is_ipv4 else b"",
+            b"" if is_ipv4 else self.inside,
         )
 
 
@@ -121,7 +127,10 @@ class FastPath:
         self._object.close()
 
     def hand_rows_to(self, opened: socket.socket) -> None:
-        """Give rows of datagrams that were never cut to a UDP socket, for as long as it is open.
+        """Give super-packets that were never cut to a UDP socket, for as long as it is open.
+
+        Rows of datagrams, and TCP that goes on from this host. Of that the payload bytes of each segment
+        stand in the place of the checksum.
 
         Raises:
             KernelError: the kernel refused it.

@@ -72,8 +72,9 @@ class Carrier:
         except BaseException:
             self.socket.close()
             raise
-        if before is not None and before.row_socket is not None:
-            self.row_socket = before.row_socket.dup()
+        waiting = before.row_socket if before is not None else None
+        if waiting is not None and Family(waiting.family) is Family.of(entry.local):
+            self.row_socket = waiting.dup()
         self.engine: Engine | None = None
         self.fast: FastPath | None = None
         self.reason = ""  # why there is no fast path; empty where there is one
@@ -266,7 +267,7 @@ def _load_programs(carrier: Carrier, devices: Devices) -> None:
                 errnos.EOPNOTSUPP,
                 detail="the interface has no Ethernet addresses",
             )
-        settings = Settings(entry.local, entry.port, carrier.tun_index, entry.allow_unknown)
+        settings = Settings(entry.local, entry.port, carrier.tun_index, entry.source, entry.allow_unknown)
         carrier.fast = FastPath(settings)
     except KernelError as error:
         if entry.acceleration == "ebpf":
@@ -289,8 +290,8 @@ def _start_engine(carrier: Carrier) -> None:
             detail = f"no eBPF: {carrier.reason}; no engine: {lack}"
             raise NotSupported("carry", str(entry), errnos.ENOSYS, detail=detail, hint=_NEITHER)
         log.warning(
-            "udp has no engine: %s; unroutable packets get no answer, fragments are not put together, rows of"
-            " datagrams over virtual wires are lost",
+            "udp has no engine: %s; unroutable packets get no answer, fragments are not put together, and"
+            " over virtual wires rows of datagrams are lost and bridges cut TCP's super-packets",
             lack,
         )
         return
@@ -315,13 +316,18 @@ def _start_engine(carrier: Carrier) -> None:
 
 
 def _row_sockets(carrier: Carrier, fast: "FastPath") -> list[int]:
-    """Where the programs give rows; without it they are slower, and nothing else."""
+    """Where the programs give rows; without it bridges cut those of TCP, and those of datagrams are lost."""
     try:
         if carrier.row_socket is None:
             carrier.row_socket = open_for_rows(Family.of(carrier.entry.local))
         fast.hand_rows_to(carrier.row_socket)
     except KernelError as error:
-        log.info("udp device=%s takes rows of datagrams one by one: %s", carrier.entry.device, error)
+        log.warning(
+            "udp device=%s has no socket for rows, so over virtual wires those of datagrams are lost and"
+            " bridges cut TCP's: %s",
+            carrier.entry.device,
+            error,
+        )
         return []
     return [carrier.row_socket.fileno()]
 

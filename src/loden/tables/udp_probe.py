@@ -88,7 +88,8 @@ async def _send_one(requests: Netlink, family: Family) -> None:
         devices = await _wire(requests)
         tun, near, far = (devices.index(name) or 0 for name in (_TUN, _NEAR, _FAR))
         # What the far end takes in is for its own address: each end has programs of its own.
-        sender, receiver = FastPath(Settings(here, _PORT, tun)), FastPath(Settings(there, _PORT, tun))
+        sender = FastPath(Settings(here, _PORT, tun, source))
+        receiver = FastPath(Settings(there, _PORT, tun, target))
         stack.callback(sender.close)
         stack.callback(receiver.close)
         sender.put(UdpPeer(_TUN, Prefix(target, family.bits), there, _PORT, _NEAR), near)

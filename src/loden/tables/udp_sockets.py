@@ -54,7 +54,9 @@ def open_bound(address: bytes, port: int) -> socket.socket:
 
 
 def open_for_rows(family: Family) -> socket.socket:
-    """A non-blocking socket that eBPF programs hand datagrams to: they have it, and need no address of it.
+    """A non-blocking socket that eBPF programs hand rows to: they have it, and need no address of it.
+
+    Rows are super-packets that were never cut, of datagrams or of TCP.
 
     It is bound, because only bound sockets can be handed to, and to the loopback interface, which need not be
     up: processes of this host can send to it, and the engine asks them what it asks everybody.
@@ -70,7 +72,7 @@ def open_for_rows(family: Family) -> socket.socket:
         opened.bind(("127.0.0.1" if family is Family.IPV4 else "::1", 0))
     except OSError as error:
         opened.close()
-        raise KernelError("open", "a socket for rows of datagrams", error.errno or errnos.EIO) from error
+        raise KernelError("open", "a socket for rows of packets", error.errno or errnos.EIO) from error
     return opened
 
 
