@@ -8,6 +8,7 @@ in time: a ratio is the median of the ratios of one round.
 import argparse
 import functools
 import json
+import math
 import os
 import pathlib
 import statistics
@@ -123,7 +124,7 @@ def _tcp(labs: Mapping[str, Lab], meter: Meter, program: pathlib.Path, rounds: i
     del program
     paths = _paths(labs)
     for streams in (1, 4):
-        yield from _tcp_figures(paths, meter, 2 * rounds, streams, _PROMISES)
+        yield from _tcp_figures(paths, meter, 3 * rounds, streams, _PROMISES)
     for name in paths:
         beside = (_BARE, median(meter.busy_s_per_gb[_BARE]))
         spent = median(meter.busy_s_per_gb[name])
@@ -158,7 +159,7 @@ def _tcp_figures(
             for name in reversed(list(turns)) if number % 2 else turns:
                 both[way][name].append(turns[name]())
     for way, found in both.items():
-        what = f"TCP {way}, {streams} stream{'s' if streams > 1 else ''}{suffix}"
+        what = f"TCP {way}, {_streams(streams)}{suffix}"
         yield figure(f"{what}, {_BARE}", median(found[_BARE]), "Gbit/s")
         beside = ("vxlan", median(found[_VXLAN]))
         promise = promises.get(_VXLAN, "")
@@ -167,19 +168,41 @@ def _tcp_figures(
             share = _engine.ratio(found, name, _BARE)
             short = name.removeprefix("udp ")
             yield figure(f"{what}, {short} to underlay", share, "times", promises.get(name, ""))
+    for name in (_EBPF, _ENGINE):
+        what = f"TCP both ways, {_streams(streams)}{suffix}, {name.removeprefix('udp ')} to underlay"
+        shares = [
+            one / other
+            for found in both.values()
+            for one, other in zip(found[name], found[_BARE], strict=True)
+        ]
+        yield figure(what, median(shares), "times", promises.get(name, ""))
+        yield figure(f"{what}, standard error", _error(shares), "times")
+
+
+def _streams(count: int) -> str:
+    return f"{count} stream{'s' if count > 1 else ''}"
+
+
+def _error(values: Sequence[float]) -> float:
+    """The standard error of a median: that of a mean as wide as the middle half is, and a quarter more."""
+    low, _, high = statistics.quantiles(values, n=4)
+    return 0.93 * (high - low) / math.sqrt(len(values))
 
 
 def _container_figures(labs: Mapping[str, Lab], meter: Meter, rounds: int) -> Iterator[Figure]:
     """With the containers on a bridge, and each on a wire of its own."""
     bridged = {name: containers(labs[name]) for name in (_EBPF, _VXLAN)}
-    found = _engine.in_turns(
-        {name: functools.partial(meter.tcp, _FAR, path, streams=1) for name, path in bridged.items()}, rounds
-    )
-    beside = (f"vxlan {_FAR}", median(found[_VXLAN]))
-    yield figure(f"TCP {_FAR}, ebpf", median(found[_EBPF]), "Gbit/s", anchor=beside)
-    with _without_bridges(labs[_EBPF]):
-        wired = [meter.tcp(_FAR, bridged[_EBPF], streams=1) for _ in range(rounds)]
-    yield figure(f"TCP {_FAR}, ebpf, no bridges", median(wired), "Gbit/s", anchor=beside)
+    for streams in (1, 4):
+        carry = functools.partial(meter.tcp, _FAR, streams=streams)
+        found = _engine.in_turns(
+            {name: functools.partial(carry, path) for name, path in bridged.items()}, rounds
+        )
+        beside = (f"vxlan {_FAR}", median(found[_VXLAN]))
+        what = f"TCP {_FAR}, {_streams(streams)}, ebpf"
+        yield figure(what, median(found[_EBPF]), "Gbit/s", anchor=beside)
+        with _without_bridges(labs[_EBPF]):
+            wired = [carry(bridged[_EBPF]) for _ in range(rounds)]
+        yield figure(f"{what}, no bridges", median(wired), "Gbit/s", anchor=beside)
 
 
 _FAR = "container to container"
@@ -376,9 +399,7 @@ def _peers(labs: Mapping[str, Lab], meter: Meter, program: pathlib.Path, rounds:
         unit = "Gbit/s" if what is _TCP else "/s"
         yield figure(subject, median(among), unit, anchor=(one_peer, median(alone)))
         yield figure(f"{subject} to {one_peer}", median(shares), "times", ">= 0.97")
-        low, _, high = statistics.quantiles(shares, n=4)
-        # Of a median, where the middle half is so wide; and neighbours have a measurement in common.
-        error = 1.15 * 0.93 * (high - low) / len(shares) ** 0.5
+        error = 1.15 * _error(shares)  # neighbours have a measurement in common
         yield figure(f"{subject} to {one_peer}, standard error", error, "times")
     for name in labs:
         spent, before = (median(meter.busy_s_per_gb[f"{name}, {count}"]) for count in (all_peers, one_peer))
