@@ -6,11 +6,11 @@
  */
 #pragma once
 
+#include "detour.h"
 #include "encapsulate.h"
 
 /* What has to be behind an inner header where the outer one has a checksum; all that containers send has it. */
 #define FIRST_BYTES 8
-#define TCP_CHECKSUM 16 /* its place in TCP's header */
 
 /* A sender of which no peer with this inner source is known: a stranger, or a peer that lies. */
 static inline int refuse(const struct remote *from)
@@ -46,47 +46,6 @@ static inline int deliver(struct __sk_buff *skb, __u32 headers, __u32 length, bo
 	return bpf_redirect(settings.tun, BPF_F_INGRESS);
 }
 
-/*
- * Give a super-packet to the engine, which writes it to the TUN device as it is. It comes over a virtual wire, and the
- * kernel goes on to take it for a tunnel's: only its own tunnels can clear that mark (skb->encapsulation and
- * SKB_GSO_UDP_TUNNEL). A socket of its own, because that of our port must not let the kernel merge datagrams before they
- * come here, and then gets each by itself. Packets of the same flow that come by themselves may overtake it. Returns
- * whether there is such a socket: it goes with its agent.
- */
-static inline bool hand_over(struct __sk_buff *skb)
-{
-	__u32 place = 0;
-	struct bpf_sock *socket = bpf_map_lookup_elem(&row_socket, &place);
-	bool is_given;
-
-	if (!socket)
-		return false;
-	is_given = !bpf_sk_assign(skb, socket, 0);
-	bpf_sk_release(socket);
-	return is_given;
-}
-
-/*
- * Leave a super-packet of a peer to the engine: the verdict, or 0 if it goes on here. Datagrams in a row (UDP_SEGMENT)
- * would be cut in the wrong place. TCP's would be cut right, but wherever a device has no offloads for tunnels, which is so
- * of every bridge: two fifths of the speed. Nothing cuts what is for this host itself.
- *
- * A socket is told how large datagrams are, and of TCP's segments not: that stands in the place of the checksum, which is
- * the sum over the pseudo header and can be had again. transport: where TCP's header begins.
- */
-static inline int leave(struct __sk_buff *skb, __u32 transport, __u8 protocol, bool is_own)
-{
-	__be16 size = bpf_htons(skb->gso_size);
-
-	if (!skb->gso_size || (protocol == IPPROTO_TCP && is_own))
-		return 0;
-	if (!hand_over(skb))
-		return protocol == IPPROTO_TCP ? 0 : pass(FROM_ENGINE);
-	if (protocol == IPPROTO_TCP && bpf_skb_store_bytes(skb, transport + TCP_CHECKSUM, &size, sizeof(size), 0))
-		return drop(DROP_FAILED);
-	return pass(FROM_ENGINE);
-}
-
 static inline int decapsulate4(struct __sk_buff *skb)
 {
 	const __u32 headers = sizeof(struct headers4);
@@ -94,9 +53,8 @@ static inline int decapsulate4(struct __sk_buff *skb)
 	struct iphdr *inner;
 	struct subnet4 from = { .length = 32 };
 	struct peer4 *peer;
-	bool has_sum;
+	bool has_sum, is_detoured;
 	__u32 length;
-	int verdict;
 
 	/* Up to the end of the inner header, where the packet has so much: some drivers leave it in fragments. */
 	if (skb->data_end - skb->data < ETH_HLEN + headers + sizeof(*inner) &&
@@ -141,13 +99,14 @@ static inline int decapsulate4(struct __sk_buff *skb)
 	}
 	if (inner->ttl <= 1)
 		return drop(DROP_TTL);
-	verdict = leave(skb, ETH_HLEN + headers + sizeof(*inner), inner->protocol, is_own4(inner->daddr));
-	if (verdict)
-		return verdict;
+	is_detoured = needs_detour(skb, inner->protocol, is_own4(inner->daddr)) && may_detour4(skb, outer);
+	/* Without a detour TCP goes on here and is cut where it has to be; of datagrams the socket gets each by itself. */
+	if (skb->gso_size && inner->protocol != IPPROTO_TCP && !is_detoured)
+		return pass(FROM_ENGINE);
 	age4(inner);
 	if (peer)
 		note(peer, rx, length);
-	return deliver(skb, headers, length, has_sum);
+	return is_detoured ? detour4(skb, outer, length) : deliver(skb, headers, length, has_sum);
 }
 
 static inline int decapsulate6(struct __sk_buff *skb)
@@ -157,9 +116,8 @@ static inline int decapsulate6(struct __sk_buff *skb)
 	struct ipv6hdr *inner;
 	struct subnet6 from = { .length = 128 };
 	struct peer6 *peer;
-	bool has_sum;
+	bool has_sum, is_detoured;
 	__u32 length;
-	int verdict;
 
 	if (skb->data_end - skb->data < ETH_HLEN + headers + sizeof(*inner) &&
 	    bpf_skb_pull_data(skb, ETH_HLEN + headers + sizeof(*inner)) && bpf_skb_pull_data(skb, ETH_HLEN + headers))
@@ -197,16 +155,16 @@ static inline int decapsulate6(struct __sk_buff *skb)
 	}
 	if (inner->hop_limit <= 1)
 		return drop(DROP_TTL);
-	verdict = leave(skb, ETH_HLEN + headers + sizeof(*inner), inner->nexthdr,
-			is_own6(inner->daddr.in6_u.u6_addr32));
-	if (verdict)
-		return verdict;
+	is_detoured = needs_detour(skb, inner->nexthdr, is_own6(inner->daddr.in6_u.u6_addr32)) &&
+		      may_detour6(skb, outer);
+	if (skb->gso_size && inner->nexthdr != IPPROTO_TCP && !is_detoured)
+		return pass(FROM_ENGINE);
 	inner->hop_limit--;
 	/* IPv4's checksum makes up for the change; here the sum that a card has made of all must follow. */
 	bpf_csum_update(skb, 0xffff - bpf_htons(1));
 	if (peer)
 		note(peer, rx, length);
-	return deliver(skb, headers, length, has_sum);
+	return is_detoured ? detour6(skb, outer, length) : deliver(skb, headers, length, has_sum);
 }
 
 SEC("tc")

@@ -8,18 +8,6 @@
 
 #include "maps.h"
 
-struct headers4 {
-	struct iphdr ip;
-	struct udphdr udp;
-};
-
-struct headers6 {
-	struct ipv6hdr ip;
-	struct udphdr udp;
-};
-
-_Static_assert(sizeof(struct headers4) == 28 && sizeof(struct headers6) == 48, "as on the wire");
-
 /*
  * Room in front: the outer headers, and before them an Ethernet header, which bpf_redirect_neigh() fills in. What the
  * kernel puts no headers in front of (super-packets that are neither TCP's nor UDP's, and what is in a tunnel already) is

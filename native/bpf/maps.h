@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What both programs share: settings, maps and counters. */
+/* What all programs share: settings, maps, counters and headers. */
 #pragma once
 
 #include <linux/bpf.h>
@@ -36,6 +36,9 @@ const volatile struct {
 	__u32 tun;      /* index of the TUN device */
 	__be32 inside4; /* this host's address in the tunnel; the next one is that of its containers' bridge */
 	__be32 inside6[4];
+	__be32 detour_vni;  /* of the VXLAN device that super-packets go through, as its header has it */
+	__be16 detour_port; /* the device's UDP port; 0: there is none */
+	__u16 pad2;
 } settings SEC(".rodata.settings") = {};
 
 /*
@@ -113,14 +116,6 @@ struct {
 	__type(value, __u32);
 } remotes SEC(".maps");
 
-/* The engine's socket for super-packets that were never cut. */
-struct {
-	__uint(type, BPF_MAP_TYPE_SOCKMAP);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, __u64);
-} row_socket SEC(".maps");
-
 /* Indexes of the counters; tables/udp_bpf.py has their names, in this order. */
 enum counter {
 	TX_PACKETS,
@@ -128,7 +123,8 @@ enum counter {
 	RX_PACKETS,
 	RX_BYTES,
 	TO_ENGINE,    /* a packet for the TUN's reader: no peer known, too big, no way known, not plain */
-	FROM_ENGINE,  /* a datagram for a socket's reader: fragments, options, several packets in one, super-packets */
+	FROM_ENGINE,  /* a datagram for a socket's reader: fragments, options, several packets in one */
+	DETOURED,     /* of what came in, sent through the VXLAN device */
 	DROP_TTL,     /* the inner packet has lived long enough */
 	DROP_UNKNOWN, /* the datagram's sender is no peer */
 	DROP_SPOOFED, /* the sender is a peer, the inner source is not in its subnet */
@@ -146,6 +142,19 @@ struct {
 	__type(key, __u32);
 	__type(value, __u64);
 } counters SEC(".maps");
+
+/* Outer headers. */
+struct headers4 {
+	struct iphdr ip;
+	struct udphdr udp;
+};
+
+struct headers6 {
+	struct ipv6hdr ip;
+	struct udphdr udp;
+};
+
+_Static_assert(sizeof(struct headers4) == 28 && sizeof(struct headers6) == 48, "as on the wire");
 
 static inline void copy6(__be32 to[4], const volatile __be32 from[4])
 {

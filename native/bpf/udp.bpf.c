@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * The fast path of the udp backend (docs/backends/udp.md): two programs for tc, one object, because they share maps.
+ * The fast path of the udp backend (docs/backends/udp.md): programs for tc, one object, because they share maps.
  *
  *	container --> TUN egress: loden_encap --> underlay's interface ~~~~> ingress: loden_decap --> TUN --> container
+ *	                                                      super-packets: a VXLAN device's ingress: loden_detour ^
  */
 #include <stdbool.h>
 #include <stddef.h>
 
 #include "maps.h"
+#include "detour.h"
 #include "encapsulate.h"
 #include "decapsulate.h"
 

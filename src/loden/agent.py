@@ -285,7 +285,8 @@ class Agent:
         self._reconciler.want(_OWN, [entry for entry in own if not is_clouds(entry)])
         if self._cloud is not None:
             self._cloud.stand(record, own)
-        self._reconciler.want(_HOST, self._host_entries(own, subnets))
+        helpful = [*plan.optional_entries(record.lease), *self._host_entries(own, subnets)]
+        self._reconciler.want(_HOST, helpful)
         self._want_rules(record)
         self._peers.set_own(record)
         self._is_published = False

@@ -47,6 +47,12 @@ class Plan(msgspec.Struct, frozen=True):
         """The first family's, and so all families' unless they were planned apart."""
         return next(iter(self.backends.values()))
 
+    def optional_entries(self, lease: Lease) -> list[Entry]:
+        """What it does without where it cannot be had (:meth:`Backend.optional_entries`)."""
+        return [
+            entry for leg in lease.legs for entry in self.backends[leg.subnet.family].optional_entries(leg)
+        ]
+
     def own_entries(self, lease: Lease) -> list[Entry]:
         """What stands on this host, or in its cloud, for its own lease."""
         return [entry for leg in lease.legs for entry in self.backends[leg.subnet.family].own_entries(leg)]

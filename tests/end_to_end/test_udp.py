@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import signal
 import socket
 import struct
 import subprocess
@@ -284,55 +285,141 @@ def test_mixed_cluster(make_hosts: MakeHosts) -> None:
         require_all_kinds([host.container() for host in hosts])
 
 
+def ebpf(host: Host) -> dict[str, int]:
+    """The programs' counters."""
+    found = status(host)["ebpf"]
+    assert isinstance(found, dict)
+    return found
+
+
 def test_row_that_nobody_has_cut_is_handed_on_as_one(make_hosts: MakeHosts) -> None:
-    """Over a virtual wire it comes encapsulated and whole, and so the engine gets it; a new agent's too."""
+    """By the detour, with an agent and without."""
     hosts = make_hosts()
     agents = start_all(hosts, network("ebpf"))
-    source, target = (host.container() for host in hosts)
-    # Before Linux 6.2 a TUN device does not take it, and gets its 21 datagrams one by one.
-    expected = (1, 1, 21), (1, 22, 0), (1, 21, 0)
-
-    def carried() -> tuple[int, int, int]:
-        engine = status(hosts[1])["engine"]
-        assert isinstance(engine, dict)
-        return engine["udp_packets"], engine["tun_writes"], engine["merged"]
-
-    def comes_whole() -> bool:
-        before = carried()
-        with datagram_sockets(source, target) as (near, far):
-            require_row_arrives(near, far)
-        wait_until("the row", lambda: sum(carried()) >= sum(before) + 22)  # counted behind the write
-        return tuple(now - then for now, then in zip(carried(), before, strict=True)) in expected
-
-    assert comes_whole()
-    agents[1].kill()
-    agents[1] = hosts[1].start("--iface", "eth0", "--healthz-port", str(STATUS_PORT))
-    agents[1].wait_ready()
-    # Until the new programs are in their places, the old ones have no socket to give it to, and it comes cut.
-    wait_until("a row that is whole", comes_whole)
+    before = ebpf(hosts[1])
+    with datagram_sockets(hosts[0].container(), hosts[1].container()) as (near, far):
+        require_row_arrives(near, far)
+        now = ebpf(hosts[1])
+        assert now["detoured"] - before["detoured"] == now["rx_packets"] - before["rx_packets"] == 1
+        agents[1].kill()
+        require_row_arrives(near, far)
 
 
 def test_tcp_for_containers_is_handed_on_as_it_came(make_hosts: MakeHosts) -> None:
-    """By the engine, in large packets, so that no bridge cuts them; while there is none, by the programs."""
+    """In large packets, so that no bridge cuts them."""
+    hosts = make_hosts()
+    start_all(hosts, network("ebpf"))
+    before = ebpf(hosts[1])
+    require_bytes_arrive(hosts[0].container(), hosts[1].container())
+    now = ebpf(hosts[1])
+    assert now["rx_bytes"] - before["rx_bytes"] > 3_000_000
+    assert (now["rx_bytes"] - before["rx_bytes"]) / (now["rx_packets"] - before["rx_packets"]) > 10_000
+    alone = 10  # what sets the connection up, and acknowledges
+    assert now["detoured"] - before["detoured"] >= now["rx_packets"] - before["rx_packets"] - alone
+
+
+class Stream:
+    """TCP from one container to another for the length of a block, as fast as it goes. Nothing is lost."""
+
+    def __init__(self, source: probe.End, target: probe.End) -> None:
+        self._stack = ExitStack()
+        address = (format_address(target.address), 4003)
+        listener = self._stack.enter_context(
+            namespaces.inside(target.namespace, lambda: socket.create_server(address))
+        )
+        self._sender = self._stack.enter_context(
+            namespaces.inside(source.namespace, lambda: socket.create_connection(address, timeout=10))
+        )
+        self._receiver = self._stack.enter_context(listener.accept()[0])
+        self._is_over = False
+        self.received = 0
+        self._threads = [threading.Thread(target=one) for one in (self._send, self._receive)]
+
+    def __enter__(self) -> "Stream":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over = True
+        for thread in self._threads:
+            thread.join()
+        with self._stack:
+            # What the other end has got twice it says a moment later.
+            wait_until("the last D-SACK", lambda: lost_segments(self._sender) == 0)
+
+    def _send(self) -> None:
+        data = bytes(1 << 20)
+        while not self._is_over:
+            self._sender.sendall(data)
+        self._sender.shutdown(socket.SHUT_WR)
+
+    def _receive(self) -> None:
+        while part := self._receiver.recv(1 << 20):
+            self.received += len(part)
+
+
+def lost_segments(sender: socket.socket) -> int:
+    """How many were sent again, but for those that the other end had got already (D-SACK, RFC 2883).
+
+    From ``struct tcp_info``: ``tcpi_total_retrans`` and ``tcpi_dsack_dups`` (Linux 5.5).
+    """
+    told = sender.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232)
+    (sent_again,), (arrived_twice,) = (struct.unpack_from("=I", told, place) for place in (100, 216))
+    return max(0, int(sent_again - arrived_twice))
+
+
+def test_killed_under_tcp_for_containers_no_segment_is_lost(make_hosts: MakeHosts) -> None:
     hosts = make_hosts()
     agents = start_all(hosts, network("ebpf"))
-    source, target = (host.container() for host in hosts)
-    require_bytes_arrive(source, target)
-    engine = status(hosts[1])["engine"]
-    assert isinstance(engine, dict)
-    assert engine["rx_bytes"] > 2_000_000
-    assert engine["rx_bytes"] / engine["tun_writes"] > 10_000
-    agents[1].kill()
-    require_bytes_arrive(source, target)
-    agents[1] = hosts[1].start("--iface", "eth0", "--healthz-port", str(STATUS_PORT))
-    agents[1].wait_ready()
+    with Stream(hosts[0].container(), hosts[1].container()) as stream:
 
-    def comes_whole() -> bool:
+        def wait_for_more() -> None:
+            reached = stream.received
+            wait_until("TCP", lambda: stream.received > reached + 200_000_000)
+
+        wait_for_more()
+        for agent in agents:
+            agent.kill()
+        wait_for_more()
+        for agent in [host.start() for host in hosts]:
+            agent.wait_ready()
+        wait_for_more()
+
+
+def test_stopped_agent_stops_nothing(make_hosts: MakeHosts) -> None:
+    """Neither TCP of containers nor datagrams in rows wait for a process."""
+    hosts = make_hosts()
+    agents = start_all(hosts, network("ebpf"))
+    for agent in agents:
+        os.kill(agent.pid, signal.SIGSTOP)
+    try:
+        source, target = (host.container() for host in hosts)
         require_bytes_arrive(source, target)
-        engine = status(hosts[1])["engine"]
-        return isinstance(engine, dict) and engine["rx_bytes"] > 2_000_000
+        with datagram_sockets(source, target) as (near, far):
+            require_row_arrives(near, far)
+    finally:
+        for agent in agents:
+            os.kill(agent.pid, signal.SIGCONT)
 
-    wait_until("TCP that the new agent hands on", comes_whole)
+
+def test_port_of_the_detour_in_use_costs_the_detour_alone(make_hosts: MakeHosts) -> None:
+    hosts = make_hosts()
+    rival = hosts[1].inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    with rival:
+        rival.bind(("0.0.0.0", 285))
+        start_all(hosts, network("ebpf"))
+        found = status(hosts[1])
+        assert (found["acceleration"], found["detour"]) == ("ebpf", "")
+        assert "flannel0.in" in str(found["detour_reason"])
+        source, target = (host.container() for host in hosts)
+        require_bytes_arrive(source, target)
+        with datagram_sockets(source, target) as (near, far):
+            require_row_arrives(near, far)
+        assert ebpf(hosts[1])["detoured"] == 0
+        rival.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            rival.recv(1)
 
 
 def test_killed_and_started_again_no_packet_is_lost(make_hosts: MakeHosts) -> None:
@@ -428,7 +515,7 @@ def test_lies_about_the_source_are_dropped_and_counted(make_hosts: MakeHosts, ac
         with namespaces.inside(
             target.namespace, lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, 253)
         ) as sink:
-            send_raw(liar, victim.address, inner_packet(Family.IPV4, source, target.address, 9))
+            send_raw(liar, victim.address, inner_packet(source, target.address, 9))
             sink.settimeout(0.3)
             try:
                 return sink.recv(2000)[12:16] == source
@@ -463,7 +550,7 @@ def test_strangers_are_let_in_on_demand(make_hosts: MakeHosts, acceleration: str
     with namespaces.inside(
         target.namespace, lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, 253)
     ) as sink:
-        send_raw(stranger, victim.address, inner_packet(Family.IPV4, source, target.address, 9))
+        send_raw(stranger, victim.address, inner_packet(source, target.address, 9))
         sink.settimeout(10)
         came = sink.recv(2000)
     assert came[12:16] == source

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two eBPF programs of ``udp`` on devices: what goes into the TUN comes out of the wire, byte for byte.
+"""The eBPF programs of ``udp`` on devices: what goes into the TUN comes out of the wire, byte for byte.
 
 ::
 
@@ -21,11 +21,13 @@ import pytest
 from loden.address import Family, Prefix, format_address, parse_address
 from loden.lab.namespaces import inside
 from loden.tables import tc
+from loden.tables.devices import Devices
 from loden.tables.entries import UdpPeer
 from loden.tables.netlink import Netlink
 from loden.tables.tun import open_queue
-from loden.tables.udp_bpf import DECAPSULATE, ENCAPSULATE, FastPath, Settings
-from loden.tables.udp_sockets import merge, open_bound, open_for_rows
+from loden.tables.udp_bpf import DECAPSULATE, DETOUR, ENCAPSULATE, FastPath, Settings
+from loden.tables.udp_detour import detour_link
+from loden.tables.udp_sockets import open_bound
 from tests.kernel.datagrams import WIRES, Wire, ethernet, udp
 from tests.kernel.kernel import command, ip, link_json, require_bpf, run
 
@@ -37,7 +39,7 @@ _NEEDS_CSUM, _TCPV4, _TCPV6, _UDP_L4 = 1, 1, 4, 5
 _PACKET_OUTGOING = 4
 _SOL_PACKET, _PACKET_AUXDATA, _PACKET_VNET_HDR = 263, 8, 15
 _TP_STATUS_CSUMNOTREADY = 8
-_IP_RECVORIGDSTADDR, _IPV6_RECVORIGDSTADDR = 20, 74  # <linux/in.h>, <linux/in6.h>
+_DETOUR, _DETOUR_BYTES = 0x4C4F444E, 22  # native/bpf/detour.h: the mark, and what its headers take
 MTU = 65535
 
 
@@ -53,12 +55,25 @@ class PathOnDevices:
         self.eth0, self.tun = link_json("eth0")["ifindex"], link_json("tun0")["ifindex"]
         self.mac = bytes.fromhex(link_json("eth0")["address"].replace(":", ""))
         self.far_mac = bytes.fromhex(link_json("wire")["address"].replace(":", ""))
-        self.path = FastPath(Settings(parse_address(wire.own), wire.port, self.tun, wire.inside))
+        self.link = detour_link("tun0", "eth0", parse_address(wire.own))
+        assert run(Devices(self.requests).put([self.link])) == {}
+        self.path = FastPath(
+            Settings(
+                parse_address(wire.own),
+                wire.port,
+                self.tun,
+                wire.inside,
+                detour_port=self.link.port,
+                detour_vni=self.link.vni,
+            )
+        )
         for subnet, (remote, port) in wire.peers.items():
             ip(f"neighbour replace {remote} lladdr {link_json('wire')['address']} dev eth0")
             self.put(subnet, remote, port)
         self.attach(self.tun, tc.Hook.EGRESS, ENCAPSULATE, self.path.encapsulate.fd)
         self.attach(self.eth0, tc.Hook.INGRESS, DECAPSULATE, self.path.decapsulate.fd)
+        detour = link_json(self.link.name)["ifindex"]
+        self.attach(detour, tc.Hook.INGRESS, DETOUR, self.path.detour.fd)
         self.far, self.near = listen("wire"), listen("tun0")
         self.into_tun = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
 
@@ -102,9 +117,11 @@ class PathOnDevices:
         return {name: after[name] - counted[name] for name in after if after[name] != counted[name]}
 
     def inject(self, packet: bytes, *, size: int, before: int = 0, device: str = "tun0") -> None:
-        """Send a TCP super-packet out of a device."""
+        """Send a super-packet of TCP, or of datagrams in a row, out of a device."""
         start, is_ipv4 = len(self.packet(b"")) + before, self.wire.family is Family.IPV4
-        header = _VIRTIO.pack(_NEEDS_CSUM, _TCPV4 if is_ipv4 else _TCPV6, start + 20, size, start, 16)
+        is_row = packet[9 if is_ipv4 else 6] == socket.IPPROTO_UDP
+        kind, length, checksum = (_TCPV4 if is_ipv4 else _TCPV6, 20, 16) if not is_row else (_UDP_L4, 8, 6)
+        header = _VIRTIO.pack(_NEEDS_CSUM, kind, start + length, size, start, checksum)
         with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as one:
             one.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
             one.sendto(header + packet, (device, 0x0800 if is_ipv4 else 0x86DD))
@@ -133,25 +150,21 @@ class PathOnDevices:
                 return packet
         raise AssertionError("nothing arrives at the TUN's reader")
 
+    def tcp(self, payload: bytes, *, target: str = "") -> bytes:
+        """A TCP packet of a peer's container."""
+        target = target or self.wire.own_container
+        return self.wire.packet(self.peer()[0], target, tcp_header() + payload, protocol=socket.IPPROTO_TCP)
+
     def row(self, payload: bytes) -> bytes:
         """A packet of a peer's that holds datagrams in a row, as they are before they are cut."""
         inner = udp(9, 9, payload)
         return self.wire.packet(self.peer()[0], self.wire.own_container, inner, protocol=socket.IPPROTO_UDP)
 
-    def arrive_row(self, packet: bytes, *, size: int) -> dict[str, int]:
-        """Come in from the wire encapsulated, as a super-packet of UDP with pieces of so many bytes."""
-        _, remote, port = self.peer()
-        frame = self.wire.datagram(packet, source=remote, port=port, check=1)
-        start = 14 + self.wire.headers - 8
-        header = _VIRTIO.pack(_NEEDS_CSUM, _UDP_L4, start + 8, size, start, 6)
-        with self.counted() as counts, socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as one:
-            one.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
-            one.bind(("wire", 0))
-            one.send(header + self.mac + frame[6:])
-        return counts
+    def arrive_whole(self, packet: bytes, *, size: int) -> dict[str, int]:
+        """Come in from the wire as a super-packet with pieces of so many bytes.
 
-    def arrive_tcp(self, packet: bytes, *, size: int) -> dict[str, int]:
-        """The same of TCP, from a peer whose programs encapsulate it: a socket cannot make such a one."""
+        A peer's programs encapsulate it: no socket can make such a one.
+        """
         _, remote, port = self.peer()
         reader = open_queue("tun1")
         with ExitStack() as stack:
@@ -169,6 +182,27 @@ class PathOnDevices:
             with self.counted() as counts:
                 self.inject(packet, size=size, device="tun1")
         return counts
+
+    @contextmanager
+    def bridged_container(self) -> Iterator[Iterator[bytes]]:
+        """The frames that come to the own container, which is behind a bridge."""
+        gateway = f"{self.wire.own_container[:-1]}1/{self.wire.family.bits - 8}"
+        ip("link add br0 type bridge")
+        try:
+            ip("link add c0 master br0 type veth peer name c1")
+            for name in ("br0", "c0", "c1"):
+                ip(f"link set {name} up")
+            ip(f"address add {gateway} dev br0 {'nodad' if self.wire.family is Family.IPV6 else ''}")
+            # Not c1's own address: this host would send it on once more.
+            ip(f"neighbour replace {self.wire.own_container} lladdr 02:00:00:00:00:99 dev br0")
+            ip(f"route add {next(iter(self.wire.peers))} dev tun0")
+            command("sysctl -q net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1")
+            with listen("c1") as there:
+                whom = parse_address(self.wire.own_container)
+                yield (frame for frame in frames(there) if whom in frame[14:54])
+        finally:
+            ip("link delete br0")
+            ip("link delete c0")
 
     @contextmanager
     def counted(self) -> Iterator[dict[str, int]]:
@@ -386,82 +420,94 @@ class TestIn:
         assert counted == {"rx_packets": 1, "rx_bytes": len(packet)}
         assert path.came == [path.wire.older(packet)]
 
-    def test_row_is_given_to_the_socket_for_rows(self, path: PathOnDevices) -> None:
-        """Whole, with the size of its datagrams; when that socket has gone, cut, to the one of the port."""
-        row = path.row(bytes(range(250)) * 4)
-        with (
-            closing(open_bound(parse_address(path.wire.own), path.wire.port)) as usual,
-            closing(open_for_rows(path.wire.family)) as for_rows,
-        ):
-            merge(for_rows, is_on=True)
-            path.path.hand_rows_to(for_rows)
-            assert path.arrive_row(row, size=100) == {"from_engine": 1}
-            next(ready(for_rows.fileno()))
-            data, said, _, sender = for_rows.recvmsg(1 << 17, 64)
-            assert data == row
-            assert [struct.unpack("=i", value) for *_, value in said] == [(100,)]
-            assert sender[:2] == path.peer()[1:]
-            for_rows.close()
-            assert path.arrive_row(row, size=100) == {"from_engine": 1}
-            next(ready(usual.fileno()))
-            assert usual.recv(1 << 17) == row[:100]
+    @pytest.mark.parametrize("kind", ["row", "tcp"])
+    def test_super_packet_takes_the_detour(self, path: PathOnDevices, kind: str) -> None:
+        """It stays one, and nothing but its age tells it from one that came the short way."""
+        packet = getattr(path, kind)(bytes(range(250)) * 4)
+        path.near.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
+        counted = path.arrive_whole(packet, size=100)
+        assert counted == {"rx_packets": 1, "rx_bytes": len(packet), "detoured": 1}
+        came = next(frames(path.near))
+        assert came[_VIRTIO.size :] == path.wire.older(path.wire.older(packet))
+        flags, offload, _, size, start, _ = _VIRTIO.unpack_from(came)
+        tcp = _TCPV4 if path.wire.family is Family.IPV4 else _TCPV6
+        assert (flags, offload, size) == (_NEEDS_CSUM, tcp if kind == "tcp" else _UDP_L4, 100)
+        assert start == len(path.packet(b""))
+        (traffic,) = [one.traffic for one in path.path.peers() if one.traffic.rx_packets]
+        assert (traffic.rx_packets, traffic.rx_bytes) == (1, len(packet))
 
-    def test_tcp_that_goes_on_is_given_to_the_socket_for_rows(self, path: PathOnDevices) -> None:
-        """With its segments' size for a checksum; when that socket has gone it goes to the device, whole."""
-        tcp = struct.pack("!HHIIBBHHH", 1, 2, 3, 4, 5 << 4, 0x10, 100, 0, 0) + bytes(range(250)) * 12
-        packet = path.wire.packet(path.peer()[0], path.wire.own_container, tcp, protocol=socket.IPPROTO_TCP)
-        with closing(open_for_rows(path.wire.family)) as for_rows:
-            is_ipv4 = path.wire.family is Family.IPV4
-            for_rows.setsockopt(
-                socket.IPPROTO_IP if is_ipv4 else socket.IPPROTO_IPV6,
-                _IP_RECVORIGDSTADDR if is_ipv4 else _IPV6_RECVORIGDSTADDR,
-                1,
-            )
-            path.path.hand_rows_to(for_rows)
-            assert path.arrive_tcp(packet, size=1000) == {"from_engine": 1}
-            next(ready(for_rows.fileno()))
-            data, ((_, _, target),), _, sender = for_rows.recvmsg(1 << 17, 64)
-            place = len(packet) - len(tcp) + 16  # of TCP's checksum
-            assert data[place : place + 2] == struct.pack("!H", 1000)
-            assert data[:place] + packet[place : place + 2] + data[place + 2 :] == path.wire.older(packet)
-            assert path.wire.port.to_bytes(2, "big") == target[2:4]
-            assert parse_address(path.wire.own) in target
-            assert sender[:2] == path.peer()[1:]
-            for_rows.close()
-            counted = path.arrive_tcp(packet, size=1000)
-            assert counted == {"rx_packets": 1, "rx_bytes": len(packet)}
-            assert next(frames(path.near)) == path.wire.older(path.wire.older(packet))
+    def test_bridge_hands_on_whole_what_came_by_the_detour(self, path: PathOnDevices) -> None:
+        """And would cut it, did it not: so it is the detour that does it."""
+        packet = path.tcp(bytes(10_000))
+        with path.bridged_container() as came:
+            path.arrive_whole(packet, size=1000)
+            assert len(next(came)) == 14 + len(packet)
+            ip("link set tun0.in down")
+            path.arrive_whole(packet, size=1000)
+            assert len(next(came)) == 14 + len(packet) - 9000
+
+    def test_without_the_device_all_goes_as_it_can(self, path: PathOnDevices) -> None:
+        """TCP goes on, whole; of datagrams in a row the socket of the port gets each by itself."""
+        ip("link set tun0.in down")
+        packet = path.tcp(bytes(3000))
+        assert path.arrive_whole(packet, size=1000) == {"rx_packets": 1, "rx_bytes": len(packet)}
+        assert next(frames(path.near)) == path.wire.older(path.wire.older(packet))
+        row = path.row(bytes(range(250)) * 4)
+        with closing(open_bound(parse_address(path.wire.own), path.wire.port)) as usual:
+            assert path.arrive_whole(row, size=100) == {"from_engine": 1}
+            for number in range(10):
+                next(ready(usual.fileno()))
+                datagram = usual.recv(1 << 17)
+                assert len(datagram) == len(row) - 900
+                assert datagram.endswith(row[-1000:][number * 100 : (number + 1) * 100])
 
     def test_firewall_that_lets_the_port_in_lets_all_in(self, path: PathOnDevices) -> None:
-        tcp = struct.pack("!HHIIBBHHH", 1, 2, 3, 4, 5 << 4, 0x10, 100, 0, 0) + bytes(3000)
-        packet = path.wire.packet(path.peer()[0], path.wire.own_container, tcp, protocol=socket.IPPROTO_TCP)
         rules = f"udp dport {path.wire.port} accept; icmpv6 type nd-neighbor-solicit accept"
         command(
             "nft add table inet strict { chain input { type filter hook input priority 0; policy drop;"
             f" {rules}; }}; }}"
         )
         try:
-            with closing(open_for_rows(path.wire.family)) as for_rows:
-                merge(for_rows, is_on=True)
-                path.path.hand_rows_to(for_rows)
-                for arrive, sent in ((path.arrive_tcp, packet), (path.arrive_row, path.row(bytes(3000)))):
-                    assert arrive(sent, size=1000) == {"from_engine": 1}
-                    next(ready(for_rows.fileno()))
-                    assert len(for_rows.recv(1 << 17)) == len(sent)
+            for packet in (path.tcp(bytes(3000)), path.row(bytes(3000))):
+                assert path.arrive_whole(packet, size=1000)["detoured"] == 1
+                assert len(next(frames(path.near))) == len(packet)
         finally:
             command("nft delete table inet strict")
 
-    def test_tcp_for_the_host_itself_is_given_to_nobody(self, path: PathOnDevices) -> None:
-        tcp = struct.pack("!HHIIBBHHH", 1, 2, 3, 4, 5 << 4, 0x10, 100, 0, 0) + bytes(3000)
-        with closing(open_for_rows(path.wire.family)) as for_rows:
-            path.path.hand_rows_to(for_rows)
-            for host in range(3):
-                inside = path.wire.inside[:-1] + bytes([host])
-                packet = path.wire.packet(
-                    path.peer()[0], format_address(inside), tcp, protocol=socket.IPPROTO_TCP
-                )
-                counted = path.arrive_tcp(packet, size=1000)
-                assert list(counted) == (["rx_packets", "rx_bytes"] if host < 2 else ["from_engine"])
+    def test_tcp_for_the_host_itself_goes_the_short_way(self, path: PathOnDevices) -> None:
+        for host in range(3):
+            inside = format_address(path.wire.inside[:-1] + bytes([host]))
+            counted = path.arrive_whole(path.tcp(bytes(3000), target=inside), size=1000)
+            assert list(counted) == ["rx_packets", "rx_bytes"] + ["detoured"] * (host == 2)
+
+    def test_what_the_detour_would_make_too_long_for_ip(self, path: PathOnDevices) -> None:
+        """What a peer sends has room for its own outer headers, and not always for those of the detour."""
+        most = 65535 - path.wire.headers - _DETOUR_BYTES - len(path.tcp(b""))
+        for more, ways in ((0, 1), (1, 0), (8, 0)):  # with more the wire itself would cut it
+            packet = path.tcp(bytes(most + more))
+            assert path.arrive_whole(packet, size=1000).get("detoured", 0) == ways
+            assert next(frames(path.near)) == path.wire.older(path.wire.older(packet))
+
+    @pytest.mark.parametrize("is_own_host", [False, True])
+    def test_strangers_at_the_detours_port_are_dropped(self, path: PathOnDevices, is_own_host: bool) -> None:
+        """They know all that can be known: VNI, the device's address, and the programs' mark."""
+        target = bytes.fromhex(link_json("tun0.in")["address"].replace(":", ""))
+        header = bytes((8, 0, 0, 0)) + path.link.vni.to_bytes(3, "big") + bytes(1)
+        inner = path.wire.packet(path.peer()[0], path.wire.own_container, b"data")
+        forged = header + target + ethernet(inner)[6:]
+        with path.counted() as counts:
+            if is_own_host:
+                with socket.socket(path.wire.family, socket.SOCK_DGRAM) as one:
+                    one.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, 6)  # the most that users may
+                    one.sendto(forged, (path.wire.own, path.link.port))
+            else:
+                with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as one:
+                    one.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, _DETOUR)
+                    one.bind(("wire", 0))
+                    remote = path.peer()[1]
+                    frame = path.wire.datagram(forged, source=remote, target_port=path.link.port)
+                    one.send(path.mac + frame[6:])
+        assert counts == {"unknown_peer": 1}
 
     def test_vlan_is_somebody_elses(self, path: PathOnDevices) -> None:
         source, remote, port = path.peer()

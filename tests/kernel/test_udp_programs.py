@@ -21,10 +21,11 @@ from loden.address import Prefix, parse_address
 from loden.tables.bpf import Program, run_once
 from loden.tables.entries import UdpPeer
 from loden.tables.udp_bpf import FastPath, Settings
-from tests.kernel.datagrams import REDIRECT, UNSPEC, WIRES, Wire, ethernet, ones_sum
+from tests.kernel.datagrams import REDIRECT, SHOT, UNSPEC, WIRES, Wire, ethernet, ones_sum
 from tests.kernel.kernel import require_bpf
 
 IPV4, IPV6 = WIRES
+DETOUR_MARK = 0x4C4F444E  # native/bpf/detour.h
 LOOPBACK = 1  # the verdict says that the packet is sent on; the test sends nothing
 
 
@@ -265,6 +266,20 @@ class TestSuperPacket:
         assert found == (UNSPEC, packet, {"to_engine": 1})
 
 
+class TestDetour:
+    def test_what_came_this_way_goes_on_into_the_tun(self, host: Host) -> None:
+        frame = ethernet(inner(host.wire))
+        found = host.run(frame, sk_buff(priority=DETOUR_MARK), program=host.path.detour)
+        assert found == (REDIRECT, frame, {})
+
+    @pytest.mark.parametrize("priority", [0, 6, DETOUR_MARK - 1])
+    def test_strangers_are_dropped(self, host: Host, priority: int) -> None:
+        verdict, _, counted = host.run(
+            ethernet(inner(host.wire)), sk_buff(priority=priority), program=host.path.detour
+        )
+        assert (verdict, counted) == (SHOT, {"unknown_peer": 1})
+
+
 class TestBroken:
     def test_cut_at_every_length(self, host: Host) -> None:
         """From the outer IP header alone up to the whole frame; shorter ones the kernel's test refuses."""
@@ -342,9 +357,10 @@ def edges() -> Iterator[int]:
         yield (0xFFFF - check - base) % 0xFFFF
 
 
-def sk_buff(*, gso_size: int = 0, gso_segs: int = 0) -> bytes:
+def sk_buff(*, gso_size: int = 0, gso_segs: int = 0, priority: int = 0) -> bytes:
     """``struct __sk_buff`` with what the kernel's test lets one choose."""
     found = bytearray(192)
+    struct.pack_into("=I", found, 32, priority)
     struct.pack_into("=I", found, 164, gso_segs)
     struct.pack_into("=I", found, 176, gso_size)
     return bytes(found)

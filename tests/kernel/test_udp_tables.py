@@ -3,7 +3,6 @@
 
 import errno
 import json
-import logging
 import os
 import socket
 import subprocess
@@ -17,10 +16,12 @@ import pytest
 
 from loden.address import Family, format_address
 from loden.errors import KernelError
-from loden.tables import tc
+from loden.tables import tc, udp_probe
+from loden.tables.entries import VxlanLink
 from loden.tables.tun import open_queue
 from loden.tables.udp_bpf import FastPath
-from tests.kernel.datagrams import WIRES
+from loden.tables.udp_detour import detour_link
+from tests.kernel.datagrams import WIRES, ethernet, udp
 from tests.kernel.kernel import BOTH, command, ip, link_json, require_bpf, require_tun, run, until
 from tests.kernel.test_udp_path import frames, listen
 from tests.kernel.udp_kernel import PORT, UdpKernel, UdpNames, many_subnets
@@ -80,6 +81,24 @@ class TestPort:
             assert attached(kernel) == []
         assert run(kernel.tunnels.put([names.tunnel()])) == {}
 
+    def test_detours_port_that_is_taken_is_named_and_waited_for(self, kernel: UdpKernel) -> None:
+        require_bpf()
+        kernel.reconciler.want("test", [*EBPF.own(), EBPF.peer(9)])
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as rival:
+            rival.bind(("0.0.0.0", EBPF.detour().port))
+            run(kernel.reconciler.look())
+            (error,) = kernel.reconciler.failures("test")
+            assert "Address already in use" in error.message
+            assert error.hint.startswith("another program uses VNI 5001028 or UDP port 285")
+            report = kernel.carrier(EBPF.device).report()
+            assert (report["acceleration"], report["detour"]) == ("ebpf", "")
+            assert report["detour_reason"] == "no device flannel0.in of ours is up"
+        run(kernel.reconciler.look())
+        report = kernel.carrier(EBPF.device).report()
+        assert (report["detour"], report["detour_reason"]) == ("flannel0.in", "")
+        assert sorted(attached(kernel)) == sorted(meant(kernel, EBPF.device))
+        assert list(kernel.carrier(EBPF.device).standing().values()) == [EBPF.peer(9)]
+
     def test_address_that_is_not_here_is_named(self, kernel: UdpKernel) -> None:
         run(kernel.tuns.put([ENGINE.link()]))
         error = run(kernel.tunnels.put([ENGINE.tunnel(local=bytes((203, 0, 113, 1)))]))[ENGINE.device]
@@ -89,6 +108,28 @@ class TestPort:
         run(kernel.stand(*names.own(), names.peer(9, port=18285), names.peer(8, port=28285)))
         found = {one.subnet: one.port for one in fast_path(kernel, names.device).peers()}
         assert found == {names.names.subnet(9): 18285, names.names.subnet(8): 28285}
+
+
+class TestDetour:
+    def test_without_its_program_the_host_takes_in_nothing(self, kernel: UdpKernel, names: UdpNames) -> None:
+        """Between the device and its program, and if that is lost: of who does not know the address."""
+        run(kernel.devices.put([names.detour()]))
+        wire = WIRES[BOTH_EBPF.index(names)]
+        remote, port = next(iter(wire.peers.values()))
+        mac = bytes.fromhex(link_json("eth0")["address"].replace(":", ""))
+        with socket.socket(names.names.family, socket.SOCK_DGRAM) as victim, listen("wire") as far:
+            victim.bind((wire.own, 4000))
+            victim.settimeout(0.3)
+            with listen(names.detour().name) as behind:
+                for target in ("ffffffffffff", "020000000099"):
+                    packet = wire.packet(remote, wire.own, udp(9, 4000, b"data", check=0), protocol=17)
+                    frame = bytes.fromhex(target) + ethernet(packet)[6:]
+                    forged = bytes((8, 0, 0, 0)) + names.detour().vni.to_bytes(3, "big") + bytes(1) + frame
+                    sent = wire.datagram(forged, source=remote, port=port, target_port=names.detour().port)
+                    far.send(mac + sent[6:])
+                    assert next(it for it in frames(behind) if it.endswith(b"data"))  # it got so far
+            with pytest.raises(TimeoutError):
+                victim.recv(100)
 
 
 class TestDrift:
@@ -103,6 +144,10 @@ class TestDrift:
             "tc qdisc delete dev {device} clsact",
             "ip link delete {device}",
             "ip link set {device} down",
+            "ip link delete {device}.in",
+            "ip link set {device}.in down",
+            "tc filter delete dev {device}.in ingress",
+            "tc qdisc delete dev {device}.in clsact",
         ],
     )
     def test_is_heard_and_mended(self, kernel: UdpKernel, names: UdpNames, change: str) -> None:
@@ -204,7 +249,7 @@ def is_attached(kernel: UdpKernel, names: UdpNames) -> bool:
     if carrier is None or not carrier.is_sound:
         return False
     shown = ""
-    for place in (f"{names.device} egress", "eth0 ingress"):
+    for place in (f"{names.device} egress", "eth0 ingress", f"{names.device}.in ingress"):
         done = subprocess.run(
             f"tc filter show dev {place}".split(), capture_output=True, text=True, check=False
         )
@@ -295,35 +340,6 @@ class TestAfterwards:
         assert run(kernel.tunnels.put([moved])) == {}
         assert list(kernel.carrier(EBPF.device).standing().values()) == [EBPF.peer(9)]
         assert sorted(attached(kernel)) == sorted(meant(kernel, EBPF.device))
-
-    def test_rows_that_wait_are_the_next_carriers(self, kernel: UdpKernel) -> None:
-        require_bpf()
-        run(kernel.stand(*EBPF.own(), EBPF.peer(9)))
-        first = kernel.carrier(EBPF.device)
-        assert first.row_socket is not None
-        place = first.row_socket.getsockname()
-        ip("address add 192.0.2.111/24 dev eth0")
-        assert run(kernel.tunnels.put([EBPF.tunnel(local=bytes((192, 0, 2, 111)))])) == {}
-        second = kernel.carrier(EBPF.device)
-        assert second is not first
-        assert second.row_socket is not None
-        assert second.row_socket.getsockname() == place
-
-    def test_kernel_that_gives_no_rows(
-        self, kernel: UdpKernel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        """It costs speed, and nothing else."""
-        require_bpf()
-
-        def refuse(path: FastPath, opened: socket.socket) -> None:
-            del path, opened
-            raise KernelError("write to", "eBPF map row_socket", errno.EPERM)
-
-        monkeypatch.setattr(FastPath, "hand_rows_to", refuse)
-        with caplog.at_level(logging.INFO):
-            run(kernel.stand(*EBPF.own(), EBPF.peer(9)))
-        assert kernel.carrier(EBPF.device).report()["acceleration"] == "ebpf"
-        assert "cut TCP's: write to eBPF map row_socket" in caplog.text
 
 
 class TestManyPeers:
@@ -423,11 +439,33 @@ class TestWays:
 
     def test_probe_says_that_it_works_here(self) -> None:
         require_bpf()
-        assert elsewhere("probe")["why_not"] == ["", ""]
+        assert elsewhere("probe")["lacks"] == [{}, {}]
 
     def test_probe_says_why_it_does_not(self) -> None:
-        for reason in elsewhere("probe", wrap=WITHOUT_BPF)["why_not"]:
-            assert "eBPF" in reason
+        for lacks in elsewhere("probe", wrap=WITHOUT_BPF)["lacks"]:
+            assert "eBPF" in lacks["ebpf"]
+
+    @pytest.mark.parametrize(
+        ("family", "changed", "reason"),
+        [
+            (Family.IPV4, {"underlay": "missing"}, "there is no interface missing"),
+            (Family.IPV6, {"zero_checksum": False}, "an IPv6 super-packet does not come through"),
+        ],
+        ids=["no device", "no passage"],
+    )
+    def test_probe_says_why_super_packets_have_no_detour(
+        self, monkeypatch: pytest.MonkeyPatch, family: Family, changed: dict[str, Any], reason: str
+    ) -> None:
+        require_bpf()
+
+        def spoiled(*given: Any) -> VxlanLink:
+            return msgspec.structs.replace(detour_link(*given), **changed)
+
+        monkeypatch.setattr(udp_probe, "detour_link", spoiled)
+        monkeypatch.setattr(udp_probe, "_PATIENCE_S", 0.2)
+        found = udp_probe.find_lacks.__wrapped__(family)
+        assert list(found) == ["detour"]
+        assert reason in found["detour"]
 
 
 #: Root that may do everything but load programs.
@@ -460,8 +498,8 @@ def try_tables():
     return found
 
 def try_probe():
-    from loden.tables.udp_probe import why_not
-    return {"why_not": [why_not(family) for family in Family]}
+    from loden.tables.udp_probe import find_lacks
+    return {"lacks": [dict(find_lacks(family)) for family in Family]}
 
 print(json.dumps(try_probe() if way == "probe" else try_tables()))
 """

@@ -9,11 +9,12 @@ import msgspec
 from loden.address import Family, Prefix
 from loden.backends import base, open_tables
 from loden.reconcile import Reconciler
-from loden.tables.entries import Entry, TunLink, UdpPeer, UdpTunnel
+from loden.tables.entries import Entry, TunLink, UdpPeer, UdpTunnel, VxlanLink
 from loden.tables.netlink import Monitor
 from loden.tables.tun import TunTable
 from loden.tables.udp import TunnelTable, UdpPeerTable
 from loden.tables.udp_carrier import Carrier
+from loden.tables.udp_detour import detour_link
 from tests.kernel.kernel import GROUPS, Kernel, Names, require_bpf, require_tun, run
 
 _RTNLGRP_TC = 4
@@ -83,8 +84,12 @@ class UdpNames:
             source=self.names.subnet(1).address,
             port=PORT,
             acceleration=self.acceleration,
+            detour=self.detour().name if self.acceleration == "ebpf" else "",
         )
         return msgspec.structs.replace(usual, **changed)
+
+    def detour(self) -> VxlanLink:
+        return detour_link(self.device, "eth0", self.names.local)
 
     def peer(self, number: int, **changed: Any) -> UdpPeer:
         usual = UdpPeer(
@@ -98,7 +103,8 @@ class UdpNames:
         return msgspec.structs.replace(usual, **changed)
 
     def own(self) -> tuple[Entry, ...]:
-        return self.link(), self.tunnel()
+        detours = (self.detour(),) if self.acceleration == "ebpf" else ()
+        return self.link(), *detours, self.tunnel()
 
 
 def many_subnets(count: int) -> list[Prefix]:

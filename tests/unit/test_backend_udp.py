@@ -14,9 +14,10 @@ from loden.errors import ConfigError, PeerUnreachable
 from loden.interface import Hop
 from loden.lease import Leg, public_port
 from loden.tables.entries import LinkAddress, Route, TunLink, UdpPeer, UdpTunnel
+from loden.tables.udp_detour import detour_link
 from tests.unit.test_backends import ADDRESSES, OWN, ROUTED, host
 
-LACKS = {Family.IPV4: "no eBPF here", Family.IPV6: "no eBPF here"}
+LACKS = {family: {"ebpf": "no eBPF here"} for family in Family}
 
 
 def udp(given: Host | None = None, options: str = "{}", *, lacks: bool = False, public_port: int = 0) -> Udp:
@@ -33,7 +34,10 @@ def peer(data: bytes | None = None, public: str | None = "192.0.2.9", subnet: st
 def test_host_itself() -> None:
     assert tuple(udp().own_entries(OWN["v4"])) == (
         TunLink("flannel0", 1472),
-        UdpTunnel("flannel0", "eth0", ADDRESSES[Family.IPV4], parse_address("10.5.1.0"), 8285),
+        UdpTunnel(
+            *("flannel0", "eth0", ADDRESSES[Family.IPV4], parse_address("10.5.1.0"), 8285),
+            detour="flannel0.in",
+        ),
         LinkAddress("flannel0", parse_address("10.5.1.0"), 32),
         Route(Prefix.parse("10.5.0.0/16"), "flannel0"),
     )
@@ -42,7 +46,10 @@ def test_host_itself() -> None:
 def test_host_itself_ipv6_has_a_device_of_its_own() -> None:
     assert tuple(udp(host("dual")).own_entries(OWN["v6"])) == (
         TunLink("flannel-v6", 1452),
-        UdpTunnel("flannel-v6", "eth0", ADDRESSES[Family.IPV6], parse_address("fd00:5:0:1::"), 8285),
+        UdpTunnel(
+            *("flannel-v6", "eth0", ADDRESSES[Family.IPV6], parse_address("fd00:5:0:1::"), 8285),
+            detour="flannel-v6.in",
+        ),
         LinkAddress("flannel-v6", parse_address("fd00:5:0:1::"), 128),
         Route(Prefix.parse("fd00:5::/48"), "flannel-v6"),
     )
@@ -78,10 +85,23 @@ class TestAcceleration:
     def test_follows_the_configuration_and_the_host(
         self, options: str, lacks: bool, expected: str, reason: str
     ) -> None:
-        _link, tunnel, _address, _route = udp(options=options, lacks=lacks).own_entries(OWN["v4"])
+        backend = udp(options=options, lacks=lacks)
+        _link, tunnel, _address, _route = backend.own_entries(OWN["v4"])
         assert isinstance(tunnel, UdpTunnel)
         assert tunnel.acceleration == expected
         assert reason in tunnel.reason
+        detours = () if expected == "engine" else (detour_link("flannel0", "eth0", tunnel.local),)
+        assert tuple(backend.optional_entries(OWN["v4"])) == detours
+        assert tunnel.detour == "".join(one.name for one in detours)
+
+    def test_detour_that_is_not_to_be_had_is_done_without(self) -> None:
+        lacks = {Family.IPV4: {"detour": "no VXLAN here"}}
+        backend = Udp(msgspec.structs.replace(host(), lacks=lacks), Udp.Options())
+        _link, tunnel, _address, _route = backend.own_entries(OWN["v4"])
+        assert isinstance(tunnel, UdpTunnel)
+        assert (tunnel.acceleration, tunnel.detour) == ("auto", "")
+        assert tunnel.detour_reason == "no VXLAN here"
+        assert backend.optional_entries(OWN["v4"]) == ()
 
     def test_is_announced_where_programs_take_packets_in(self) -> None:
         assert udp().data(Family.IPV4) == b'{"Acceleration":"ebpf"}'

@@ -115,7 +115,7 @@ def test_counters_have_the_same_order_on_both_sides() -> None:
 
 def test_drops_are_counted_under_the_engines_names() -> None:
     """A status page adds both up by reason; what the kernel alone can fail at is the programs' own."""
-    drops = udp_bpf.COUNTERS[udp_bpf.COUNTERS.index("from_engine") + 1 :]
+    drops = udp_bpf.COUNTERS[udp_bpf.COUNTERS.index("detoured") + 1 :]
     assert set(drops) - set(engine.drop_reasons()) == {"failed"}
 
 

@@ -16,6 +16,9 @@ from loden.tables.devices import Devices
 from loden.tables.entries import Entry
 from loden.tables.netlink import Netlink
 
+#: Why something is missing, in words, by family and by what the backend calls it.
+Lacks = Mapping[Family, Mapping[str, str]]
+
 
 class Host(msgspec.Struct, frozen=True):
     """What a backend may know of the host it works on.
@@ -30,7 +33,7 @@ class Host(msgspec.Struct, frozen=True):
     network: Network
     underlay: Underlay
     facts: HostFacts
-    lacks: Mapping[Family, str] = {}
+    lacks: Lacks = {}
 
 
 class Kernel(msgspec.Struct, frozen=True):
@@ -71,8 +74,8 @@ class Backend(Protocol):
     def __init__(self, host: Host, options: msgspec.Struct) -> None: ...
 
     @classmethod
-    async def lacks(cls, options: msgspec.Struct, families: Sequence[Family]) -> Mapping[Family, str]:
-        """What this host has not got, of what the backend can do without: in words, by family.
+    async def lacks(cls, options: msgspec.Struct, families: Sequence[Family]) -> Lacks:
+        """What this host has not got, of what the backend can do without.
 
         Asked before the backend is made, and again with each plan. It may block the first time.
         """
@@ -105,6 +108,10 @@ class Backend(Protocol):
         """What stands on this host for its own lease: devices and their addresses."""
         ...
 
+    def optional_entries(self, leg: Leg) -> Sequence[Entry]:
+        """What is better to have besides, and must not hold the host up where it cannot be had."""
+        ...
+
     def entries(self, leg: Leg, hop: Hop | None) -> Sequence[Entry]:
         """What carries packets to a peer.
 
@@ -121,10 +128,10 @@ class Backend(Protocol):
 
 
 class Plain:
-    """What most backends have in common: no tables of their own, and nothing to do without."""
+    """What most backends have in common: no tables of their own, and nothing that they can do without."""
 
     @classmethod
-    async def lacks(cls, options: msgspec.Struct, families: Sequence[Family]) -> Mapping[Family, str]:
+    async def lacks(cls, options: msgspec.Struct, families: Sequence[Family]) -> Lacks:
         """Nothing."""
         del options, families
         return {}
@@ -133,4 +140,9 @@ class Plain:
     def tables(cls, kernel: Kernel) -> Sequence[Table[Any]]:
         """None."""
         del kernel
+        return ()
+
+    def optional_entries(self, leg: Leg) -> Sequence[Entry]:
+        """None."""
+        del leg
         return ()

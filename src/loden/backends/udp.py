@@ -6,6 +6,7 @@ table::
 
     route     10.5.0.0/16 dev flannel0                          every subnet, known or not
     peer      10.5.9.0/24 at 192.0.2.9 port 8285 dev eth0       the peer's subnet, and the peer
+    link      flannel0.in type vxlan                            what virtual wires did not cut goes through it
 
 A peer behind a narrow path has a route of its own besides, with the MTU that is left, so that the kernel
 tells senders what fits.
@@ -18,12 +19,16 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 
 from loden.address import Family, format_address, is_host
-from loden.backends.base import Host, Kernel
+from loden.backends.base import Host, Kernel, Lacks
 from loden.errors import ConfigError, PeerUnreachable
 from loden.interface import Hop
 from loden.lease import Leg, public_port
 from loden.tables.base import Table
-from loden.tables.entries import Entry, LinkAddress, Route, TunLink, UdpPeer, UdpTunnel
+from loden.tables.entries import Entry, LinkAddress, Route, TunLink, UdpPeer, UdpTunnel, VxlanLink
+from loden.tables.udp_detour import detour_link
+
+#: What a host may have to do without (:meth:`Udp.lacks`).
+EBPF, DETOUR = "ebpf", "detour"
 
 #: Outer headers, bytes: IP, and UDP's 8.
 OVERHEAD: Mapping[Family, int] = {Family.IPV4: 20 + 8, Family.IPV6: 40 + 8}
@@ -91,17 +96,16 @@ class Udp:
         self.mtu = min(self._mtus.values())
 
     @classmethod
-    async def lacks(cls, options: msgspec.Struct, families: Sequence[Family]) -> Mapping[Family, str]:
-        """Why eBPF programs do not carry packets here, by family; with ``auto`` alone this makes a
-        difference."""
+    async def lacks(cls, options: msgspec.Struct, families: Sequence[Family]) -> Lacks:
+        """Why eBPF programs do not carry packets here, or super-packets have no detour; with ``auto`` alone
+        this makes a difference."""
         assert isinstance(options, Options)
         if options.acceleration != "auto":
             return {}
-        from loden.tables.udp_probe import why_not  # noqa: PLC0415  # and with it ctypes
+        from loden.tables.udp_probe import find_lacks  # noqa: PLC0415  # and with it ctypes
 
         # It takes a few hundredths of a second, in a thread with a namespace of its own.
-        found = {family: await asyncio.to_thread(why_not, family) for family in families}
-        return {family: reason for family, reason in found.items() if reason}
+        return {family: await asyncio.to_thread(find_lacks, family) for family in families}
 
     @classmethod
     def tables(cls, kernel: Kernel) -> Sequence[Table[Any]]:
@@ -140,7 +144,12 @@ class Udp:
         """Why packets of a family are the engine's; empty where they are not."""
         if self._options.acceleration == "engine":
             return "the network configuration asks for the engine"
-        return self._host.lacks.get(family, "") if self._options.acceleration == "auto" else ""
+        return self._lack(family, EBPF)
+
+    def _lack(self, family: Family, what: str) -> str:
+        """Why this host has to do without something; empty where it has it, or the configuration insists."""
+        found = self._host.lacks.get(family, {}) if self._options.acceleration == "auto" else {}
+        return found.get(what, "")
 
     def own_entries(self, leg: Leg) -> Sequence[Entry]:
         family = leg.subnet.family
@@ -154,6 +163,8 @@ class Udp:
             acceleration="engine" if self._reason(family) else self._options.acceleration,
             allow_unknown=self._options.allow_unknown,
             reason=self._reason(family),
+            detour=next((link.name for link in self.optional_entries(leg)), ""),
+            detour_reason=self._lack(family, DETOUR),
         )
         own = self._host.network.range_of(family)
         assert own is not None
@@ -163,6 +174,13 @@ class Udp:
             LinkAddress(device, leg.subnet.address, family.bits),
             Route(own.network, device),
         )
+
+    def optional_entries(self, leg: Leg) -> Sequence[VxlanLink]:
+        """The device that super-packets of virtual wires go through: the programs alone need it."""
+        family = leg.subnet.family
+        if self._reason(family) or self._lack(family, DETOUR):
+            return ()
+        return (detour_link(DEVICES[family], self._underlay.name, self._underlay.addresses[family]),)
 
     def entries(self, leg: Leg, hop: Hop | None) -> Sequence[Entry]:
         if leg.public is None:

@@ -36,7 +36,7 @@ _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_TXQLEN = 1, 3, 4, 13
 _IFLA_LINKINFO, _IFLA_IFALIAS = 18, 20
 _IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
 _VXLAN_ID, _VXLAN_LINK, _VXLAN_LOCAL, _VXLAN_LEARNING, _VXLAN_PORT = 1, 3, 4, 7, 15
-_VXLAN_LOCAL6, _VXLAN_GBP = 17, 23
+_VXLAN_LOCAL6, _VXLAN_ZERO_CSUM6_RX, _VXLAN_GBP = 17, 20, 23
 
 # struct ifinfomsg { u8 family; u8 pad; u16 type; s32 index; u32 flags; u32 change; }
 _IFINFO = struct.Struct("=BxHiII")
@@ -52,7 +52,7 @@ class VxlanState(msgspec.Struct, frozen=True):
 
     Args:
         link: what every device has.
-        vni, port, gbp, learning: as in :class:`VxlanLink`.
+        vni, port, gbp, learning, zero_checksum: as in :class:`VxlanLink`.
         local: None where unset.
         underlay_index: of the lower device; 0 where unset.
     """
@@ -64,6 +64,7 @@ class VxlanState(msgspec.Struct, frozen=True):
     underlay_index: int
     gbp: bool
     learning: bool
+    zero_checksum: bool
 
 
 def encode_link(kind: int, index: int, *, mtu: int = 0, alias: bytes = b"", queue_length: int = 0) -> bytes:
@@ -104,6 +105,7 @@ def parse_link(found: Message) -> tuple[Link, VxlanState | None]:
         underlay_index=number_in(data, _VXLAN_LINK),
         gbp=_VXLAN_GBP in data,
         learning=any(data.get(_VXLAN_LEARNING, b"")),
+        zero_checksum=any(data.get(_VXLAN_ZERO_CSUM6_RX, b"")),
     )
 
 
@@ -223,10 +225,11 @@ class Devices:
             local=state.local or b"",
             underlay=self._names.get(state.underlay_index, ""),
             mtu=state.link.mtu,
-            mac=state.link.mac,
+            mac=state.link.mac if want is None or want.mac else b"",
             port=port,
             gbp=state.gbp,
             learning=state.learning,
+            zero_checksum=state.zero_checksum,
         )
 
     async def put(self, entries: Sequence[VxlanLink]) -> Failures:
@@ -297,6 +300,8 @@ class Devices:
         else:
             await self._change(entry, state, underlay)
         refuse_router_advertisements(entry.name)
+        if not entry.mac:
+            _refuse_broadcasts(entry.name)
 
     async def _create(self, entry: VxlanLink, underlay: int) -> None:
         body = _IFINFO.pack(0, 0, 0, 0, 0) + b"".join(
@@ -304,7 +309,7 @@ class Devices:
                 attribute(_IFLA_IFNAME, entry.name.encode() + b"\0"),
                 attribute_u32(_IFLA_MTU, entry.mtu),
                 # Set at creation: then addr_assign_type says so, and udev leaves the address alone.
-                attribute(_IFLA_ADDRESS, entry.mac),
+                attribute(_IFLA_ADDRESS, entry.mac) if entry.mac else b"",
                 attribute_u32(_IFLA_TXQLEN, 0),
                 _vxlan_info(entry, underlay, is_new=True),
             )
@@ -331,7 +336,7 @@ class Devices:
         attributes = b""
         if link.mtu != entry.mtu:
             attributes += attribute_u32(_IFLA_MTU, entry.mtu)
-        if link.mac != entry.mac:
+        if entry.mac and link.mac != entry.mac:
             attributes += attribute(_IFLA_ADDRESS, entry.mac)
         if link.alias != ALIAS:
             attributes += attribute(_IFLA_IFALIAS, ALIAS)
@@ -342,7 +347,8 @@ class Devices:
         body = _IFINFO.pack(0, 0, index, IFF_UP, IFF_UP) + attributes
         refused = await self._requests.request(netlink.message(netlink.RTM_NEWLINK, 0, body))
         if refused:
-            raise refused.error("change", entry, hint=_change_hint(entry, refused.errno))
+            hint = self._taken_hint(entry, refused.errno) or _change_hint(entry, refused.errno)
+            raise refused.error("change", entry, hint=hint)
 
     async def _delete(self, index: int) -> netlink.Refusal | None:
         body = _IFINFO.pack(0, 0, index, 0, 0)
@@ -351,6 +357,10 @@ class Devices:
     def _creation_hint(self, entry: VxlanLink, errno: int) -> str:
         if errno == errnos.EOPNOTSUPP:
             return "the kernel has no VXLAN: load or build in the module vxlan"
+        return self._taken_hint(entry, errno)
+
+    def _taken_hint(self, entry: VxlanLink, errno: int) -> str:
+        """A VNI is taken when a device is made, a port when it is set up."""
         if errno not in (errnos.EEXIST, errnos.EADDRINUSE):
             return ""
         port = entry.port or _KERNEL_DEFAULT_PORT
@@ -360,7 +370,8 @@ class Devices:
             if (state.vni, state.port) == (entry.vni, port) and name != entry.name
         ]
         named = f"device {', '.join(rivals)} uses" if rivals else "another program uses"
-        return f"{named} VNI {entry.vni} or UDP port {port}: set another Backend.VNI or Backend.Port"
+        what = f"VNI {entry.vni} or UDP port {port}"
+        return f"{named} {what} (ss -lunp, ip -d link): stop it, or give vxlan another Backend.VNI or .Port"
 
 
 def _change_hint(entry: VxlanLink, errno: int) -> str:
@@ -373,8 +384,8 @@ def _can_change(state: VxlanState, entry: VxlanLink) -> bool:
     """Whether the kernel can turn the one into the other (``vxlan_changelink``)."""
     port = entry.port or _KERNEL_DEFAULT_PORT
     local_bytes = len(state.local) if state.local else 4  # one made without is of IPv4
-    return (state.vni, state.port, state.gbp, local_bytes) == (
-        entry.vni, port, entry.gbp, len(entry.local),
+    return (state.vni, state.port, state.gbp, state.zero_checksum, local_bytes) == (
+        entry.vni, port, entry.gbp, entry.zero_checksum, len(entry.local),
     )  # fmt: skip
 
 
@@ -388,6 +399,8 @@ def _vxlan_info(entry: VxlanLink, underlay: int, *, is_new: bool) -> bytes:
     ]
     if is_new and entry.port:
         data.append(attribute(_VXLAN_PORT, entry.port.to_bytes(2, "big")))
+    if is_new and entry.zero_checksum:
+        data.append(attribute(_VXLAN_ZERO_CSUM6_RX, b"\x01"))
     if is_new and entry.gbp:
         data.append(attribute(_VXLAN_GBP, b""))
     return nested(_IFLA_LINKINFO, attribute(_IFLA_INFO_KIND, b"vxlan\0"), nested(_IFLA_INFO_DATA, *data))
@@ -400,5 +413,17 @@ def refuse_router_advertisements(name: str) -> None:
     """
     try:
         Path(f"/proc/sys/net/ipv6/conf/{name}/accept_ra").write_text("0", encoding="ascii")
+    except OSError:
+        return
+
+
+def _refuse_broadcasts(name: str) -> None:
+    """``drop_unicast_in_l2_multicast`` = 1 where nobody has to know the device's address.
+
+    Else who does not know it could still send to the host itself, in broadcast frames.
+    """
+    try:
+        path = Path(f"/proc/sys/net/ipv4/conf/{name}/drop_unicast_in_l2_multicast")
+        path.write_text("1", encoding="ascii")
     except OSError:
         return

@@ -40,10 +40,11 @@ class VxlanLink(Entry, frozen=True, gc=False):
         local: the outer source address, packed; its family is the underlay's.
         underlay: the name of the lower device.
         mtu: of the device itself: the underlay's less the encapsulation, bytes.
-        mac: the VTEP's address.
+        mac: the VTEP's address; empty leaves it to the kernel, which takes a random one.
         port: the UDP port; 0 leaves it to the kernel, whose default is 8472.
         gbp: carry group policy marks (``VXLAN_F_GBP``).
         learning: let the device learn remote VTEPs from packets.
+        zero_checksum: take in datagrams without a UDP checksum over IPv6, too (RFC 6935).
     """
 
     name: str
@@ -55,6 +56,7 @@ class VxlanLink(Entry, frozen=True, gc=False):
     port: int = 0
     gbp: bool = False
     learning: bool = False
+    zero_checksum: bool = False
 
     carries_others: ClassVar[bool] = True
 
@@ -100,6 +102,8 @@ class UdpTunnel(Entry, frozen=True, gc=False):
         acceleration: ``ebpf`` or ``engine``; ``auto`` is ebpf as far as that can be.
         allow_unknown: take in datagrams of whoever sends them.
         reason: why it is the engine, for people.
+        detour: the VXLAN device that super-packets of virtual wires go through; empty where there is none.
+        detour_reason: why there is none, for people.
     """
 
     device: str
@@ -110,6 +114,8 @@ class UdpTunnel(Entry, frozen=True, gc=False):
     acceleration: str = "auto"
     allow_unknown: bool = False
     reason: str = ""
+    detour: str = ""
+    detour_reason: str = ""
 
     carries_others: ClassVar[bool] = True
 

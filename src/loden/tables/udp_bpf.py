@@ -4,7 +4,7 @@
 ::
 
     struct settings { u8 own4[4], own6[16]; be16 port; u8 allow_unknown, pad; u32 tun;
-                      u8 inside4[4], inside6[16]; };
+                      u8 inside4[4], inside6[16]; u8 detour_vni[4]; be16 detour_port; u16 pad; };
     struct subnet4  { u32 length; u8 address[4]; };
     struct peer4    { u8 remote[4]; be16 port; u16 mtu; u32 device; u8 length, is_near, pad[50];
                       u64 tx_packets, tx_bytes; u8 pad2[48]; u64 rx_packets, rx_bytes; };
@@ -14,7 +14,6 @@
     struct remote   { u8 address[16]; be16 port; u16 pad; };
 """
 
-import socket
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,15 +28,15 @@ from loden.tables.entries import UdpPeer
 
 _IMAGE = Path(__file__).with_name("udp.bpf.o")
 
-ENCAPSULATE, DECAPSULATE = f"{tc.PREFIX}encap", f"{tc.PREFIX}decap"
+ENCAPSULATE, DECAPSULATE, DETOUR = f"{tc.PREFIX}encap", f"{tc.PREFIX}decap", f"{tc.PREFIX}detour"
 
 #: ``enum counter`` in native/bpf/maps.h, in its order; the reasons for drops have the engine's names.
 COUNTERS = (
-    *("tx_packets", "tx_bytes", "rx_packets", "rx_bytes", "to_engine", "from_engine"),
+    *("tx_packets", "tx_bytes", "rx_packets", "rx_bytes", "to_engine", "from_engine", "detoured"),
     *("ttl", "unknown_peer", "spoofed", "truncated", "version", "length", "checksum", "failed"),
 )
 
-_SETTINGS = struct.Struct("=4s16s2sBxI4s16s")
+_SETTINGS = struct.Struct("=4s16s2sBxI4s16s4s2s2x")
 _SUBNET = {Family.IPV4: struct.Struct("=I4s"), Family.IPV6: struct.Struct("=I16s")}
 _PEER = {
     Family.IPV4: struct.Struct("=4s2sHI2B50x2Q48x2Q"),
@@ -57,6 +56,7 @@ class Settings(msgspec.Struct, frozen=True):
         inside: this host's address in the container network, packed; the one behind it is taken for that of
             the containers' bridge.
         allow_unknown: take in datagrams of whoever sends them.
+        detour_port, detour_vni: of the VXLAN device that super-packets go through; port 0: there is none.
     """
 
     local: bytes
@@ -64,6 +64,8 @@ class Settings(msgspec.Struct, frozen=True):
     tun: int
     inside: bytes
     allow_unknown: bool = False
+    detour_port: int = 0
+    detour_vni: int = 0
 
     def pack(self) -> bytes:
         is_ipv4 = Family.of(self.local) is Family.IPV4
@@ -75,6 +77,8 @@ class Settings(msgspec.Struct, frozen=True):
             self.tun,
             self.inside if is_ipv4 else b"",
             b"" if is_ipv4 else self.inside,
+            (self.detour_vni << 8).to_bytes(4, "big"),
+            self.detour_port.to_bytes(2, "big"),
         )
 
 
@@ -122,20 +126,13 @@ class FastPath:
     def decapsulate(self) -> Program:
         return self._object.programs[DECAPSULATE]
 
+    @property
+    def detour(self) -> Program:
+        return self._object.programs[DETOUR]
+
     def close(self) -> None:
         """Let go; idempotent. What is attached stays."""
         self._object.close()
-
-    def hand_rows_to(self, opened: socket.socket) -> None:
-        """Give super-packets that were never cut to a UDP socket, for as long as it is open.
-
-        Rows of datagrams, and TCP that goes on from this host. Of that the payload bytes of each segment
-        stand in the place of the checksum.
-
-        Raises:
-            KernelError: the kernel refused it.
-        """
-        self._object.maps["row_socket"].put(struct.pack("=I", 0), struct.pack("=Q", opened.fileno()))
 
     def put(self, peer: UdpPeer, index: int) -> None:
         """Write a peer, new or changed.

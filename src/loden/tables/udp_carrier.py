@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What carries packets between a TUN device and a UDP port: eBPF programs, the engine, or both.
 
-The *fast path* is two eBPF programs (:mod:`loden.tables.udp_bpf`). They stay when the agent is gone, and so
+The *fast path* is eBPF programs (:mod:`loden.tables.udp_bpf`). They stay when the agent is gone, and so
 do packets in flight. The *engine* (:mod:`loden.tables.engine`) reads and writes the device and the sockets
 in threads of its own; it serves what the programs pass on, or everything where there are none. Both know the
 same peers.
@@ -23,7 +23,8 @@ from loden.tables.base import Failures
 from loden.tables.devices import Devices
 from loden.tables.entries import UdpPeer, UdpTunnel
 from loden.tables.tun import open_queue
-from loden.tables.udp_sockets import merge, open_bound, open_for_rows
+from loden.tables.udp_detour import Detour, find_detour
+from loden.tables.udp_sockets import merge, open_bound
 
 if TYPE_CHECKING:
     from loden.tables.bpf import Program
@@ -58,10 +59,9 @@ class Carrier:
         self.tun_index = _require(devices, entry.device)
         self.underlay_index = _require(devices, entry.underlay)
         self._devices = devices
+        self.detour = find_detour(devices, entry.detour)
         self._peers: dict[Prefix, UdpPeer] = {}
         self.socket: socket.socket
-        #: Shared as well: rows that wait there are not lost with the carrier that was before.
-        self.row_socket: socket.socket | None = None
         is_same = before is not None and (before.entry.local, before.entry.port) == (entry.local, entry.port)
         if before is not None and is_same:
             self.socket = before.socket.dup()
@@ -72,9 +72,6 @@ class Carrier:
         except BaseException:
             self.socket.close()
             raise
-        waiting = before.row_socket if before is not None else None
-        if waiting is not None and Family(waiting.family) is Family.of(entry.local):
-            self.row_socket = waiting.dup()
         self.engine: Engine | None = None
         self.fast: FastPath | None = None
         self.reason = ""  # why there is no fast path; empty where there is one
@@ -87,27 +84,28 @@ class Carrier:
             self.fast.close()
         os.close(self.queue)
         self.socket.close()
-        if self.row_socket is not None:
-            self.row_socket.close()
 
     @property
     def is_sound(self) -> bool:
         """Whether the devices are those that it was made for, and the engine has not stopped by itself."""
         indexes = (self._devices.index(self.entry.device), self._devices.index(self.entry.underlay))
+        are_same = indexes == (self.tun_index, self.underlay_index)
         is_running = self.engine is None or self.engine.failure() is None
-        return is_running and indexes == (self.tun_index, self.underlay_index)
+        return is_running and are_same and find_detour(self._devices, self.entry.detour) == self.detour
 
     @property
     def programs(self) -> "Mapping[Place, tuple[str, Program]]":
         """Which programs belong where, by name."""
         if self.fast is None:
             return {}
-        from loden.tables.udp_bpf import DECAPSULATE, ENCAPSULATE  # noqa: PLC0415
+        from loden.tables.udp_bpf import DECAPSULATE, DETOUR, ENCAPSULATE  # noqa: PLC0415
 
-        return {
-            (self.tun_index, tc.Hook.EGRESS): (self._name(ENCAPSULATE), self.fast.encapsulate),
-            (self.underlay_index, tc.Hook.INGRESS): (self._name(DECAPSULATE), self.fast.decapsulate),
-        }
+        found: dict[Place, tuple[str, Program]] = {}
+        if self.detour is not None:  # the first: it has to stand when the others send packets there
+            found[self.detour.index, tc.Hook.INGRESS] = (self._name(DETOUR), self.fast.detour)
+        found[self.tun_index, tc.Hook.EGRESS] = (self._name(ENCAPSULATE), self.fast.encapsulate)
+        found[self.underlay_index, tc.Hook.INGRESS] = (self._name(DECAPSULATE), self.fast.decapsulate)
+        return found
 
     @property
     def peers(self) -> Mapping[Prefix, UdpPeer]:
@@ -176,11 +174,35 @@ class Carrier:
         return {
             "acceleration": "engine" if self.fast is None else "ebpf",
             "reason": self.reason,
+            "detour": self._detour_name,
+            "detour_reason": self._no_detour,
             "ebpf": {} if self.fast is None else self.fast.counters(),
             "engine": {} if self.engine is None else self.engine.counters(),
             "peer_count": len(self._peers),
             "peers": self._traffic(),
         }
+
+    @property
+    def _detour_name(self) -> str:
+        return "" if self.fast is None or self.detour is None else self.entry.detour
+
+    @property
+    def _no_detour(self) -> str:
+        """Why super-packets of virtual wires have no detour; empty where they have, or need none."""
+        if self.fast is None or self.detour is not None:
+            return ""
+        return self.entry.detour_reason or f"no device {self.entry.detour} of ours is up"
+
+    def announce(self) -> None:
+        """Say in the log what carries packets, and why nothing better does."""
+        entry = self.entry
+        how = [f"device={entry.device}", f"local={format_address(entry.local)}", f"port={entry.port}"]
+        if self.fast is None:
+            log.info("udp acceleration=engine %s because=%r", " ".join(how), self.reason)
+        elif self.detour is not None:
+            log.info("udp acceleration=ebpf %s detour=%s", " ".join(how), self._detour_name)
+        else:
+            log.info("udp acceleration=ebpf %s detour=none because=%r", " ".join(how), self._no_detour)
 
     def _traffic(self) -> dict[str, dict[str, int]]:
         """What went to each peer and came from it, both ways of carrying together.
@@ -238,11 +260,7 @@ def open_carrier(entry: UdpTunnel, devices: Devices, before: Carrier | None) -> 
     except BaseException:
         carrier.close()
         raise
-    used, why = "ebpf", ""
-    if carrier.fast is None:
-        used, why = "engine", f" because={carrier.reason!r}"
-    local = format_address(entry.local)
-    log.info("udp acceleration=%s device=%s local=%s port=%d%s", used, entry.device, local, entry.port, why)
+    carrier.announce()
     return carrier
 
 
@@ -267,7 +285,16 @@ def _load_programs(carrier: Carrier, devices: Devices) -> None:
                 errnos.EOPNOTSUPP,
                 detail="the interface has no Ethernet addresses",
             )
-        settings = Settings(entry.local, entry.port, carrier.tun_index, entry.source, entry.allow_unknown)
+        detour = carrier.detour or Detour(0, 0, 0)
+        settings = Settings(
+            local=entry.local,
+            port=entry.port,
+            tun=carrier.tun_index,
+            inside=entry.source,
+            allow_unknown=entry.allow_unknown,
+            detour_port=detour.port,
+            detour_vni=detour.vni,
+        )
         carrier.fast = FastPath(settings)
     except KernelError as error:
         if entry.acceleration == "ebpf":
@@ -290,17 +317,15 @@ def _start_engine(carrier: Carrier) -> None:
             detail = f"no eBPF: {carrier.reason}; no engine: {lack}"
             raise NotSupported("carry", str(entry), errnos.ENOSYS, detail=detail, hint=_NEITHER)
         log.warning(
-            "udp has no engine: %s; unroutable packets get no answer, fragments are not put together, and"
-            " over virtual wires rows of datagrams are lost and bridges cut TCP's super-packets",
+            "udp has no engine: %s; unroutable packets get no answer, fragments are not put together%s",
             lack,
+            "" if carrier.detour else ", and over virtual wires rows of datagrams are lost",
         )
         return
     is_ipv4 = Family.of(entry.source) is Family.IPV4
-    rows = [] if carrier.fast is None else _row_sockets(carrier, carrier.fast)
     carrier.engine = engine.Engine(
         [carrier.queue],
         [carrier.socket.fileno()],
-        rows,
         source4=entry.source if is_ipv4 else b"",
         source6=b"" if is_ipv4 else entry.source,
         allow_unknown=entry.allow_unknown,
@@ -313,23 +338,6 @@ def _start_engine(carrier: Carrier) -> None:
     carrier.engine.start()
     # The programs take one datagram at a time: what is merged before they see it goes the long way.
     merge(carrier.socket, is_on=carrier.fast is None)
-
-
-def _row_sockets(carrier: Carrier, fast: "FastPath") -> list[int]:
-    """Where the programs give rows; without it bridges cut those of TCP, and those of datagrams are lost."""
-    try:
-        if carrier.row_socket is None:
-            carrier.row_socket = open_for_rows(Family.of(carrier.entry.local))
-        fast.hand_rows_to(carrier.row_socket)
-    except KernelError as error:
-        log.warning(
-            "udp device=%s has no socket for rows, so over virtual wires those of datagrams are lost and"
-            " bridges cut TCP's: %s",
-            carrier.entry.device,
-            error,
-        )
-        return []
-    return [carrier.row_socket.fileno()]
 
 
 def _require(devices: Devices, name: str) -> int:

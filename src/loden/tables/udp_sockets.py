@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The UDP sockets of a tunnel, open for as long as the agent lives.
+"""The UDP socket of a tunnel, open for as long as the agent lives.
 
-The one of its port is bound also where eBPF programs take every datagram before: without it the kernel
-would answer what the programs pass on with "port unreachable", and would not note what routers say of the
-path's MTU.
+It is bound also where eBPF programs take every datagram before: without it the kernel would answer what the
+programs pass on with "port unreachable", and would not note what routers say of the path's MTU.
 """
 
 import errno as errnos
@@ -14,7 +13,6 @@ from loden.errors import KernelError
 
 _IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER, _PMTUDISC_DO = 10, 23, 2
 _SOL_UDP, _UDP_NO_CHECK6_RX, _UDP_GRO = 17, 102, 104
-_IP_FREEBIND = 15
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 _BUFFER_BYTES = 4 << 20
 _TAKEN = (
@@ -50,29 +48,6 @@ def open_bound(address: bytes, port: int) -> socket.socket:
             error.errno or errnos.EIO,
             hint=_TAKEN if error.errno == errnos.EADDRINUSE else "",
         ) from error
-    return opened
-
-
-def open_for_rows(family: Family) -> socket.socket:
-    """A non-blocking socket that eBPF programs hand rows to: they have it, and need no address of it.
-
-    Rows are super-packets that were never cut, of datagrams or of TCP.
-
-    It is bound, because only bound sockets can be handed to, and to the loopback interface, which need not be
-    up: processes of this host can send to it, and the engine asks them what it asks everybody.
-
-    Raises:
-        KernelError: the kernel gives none.
-    """
-    opened = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    try:
-        _set_options(opened, family)
-        opened.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
-        opened.bind(("127.0.0.1" if family is Family.IPV4 else "::1", 0))
-    except OSError as error:
-        opened.close()
-        raise KernelError("open", "a socket for rows of packets", error.errno or errnos.EIO) from error
     return opened
 
 

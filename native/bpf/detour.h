@@ -1,0 +1,133 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Super-packets that come over a virtual wire have never been cut, and keep the kernel's marks of a tunnel
+ * (skb->encapsulation, SKB_GSO_UDP_TUNNEL) when a program takes their outer headers off: up to Linux 6.18 only the kernel's
+ * own tunnels clear them. Until then every bridge cuts TCP's, because none has offloads for tunnels, and datagrams in a row
+ * (UDP_SEGMENT) are cut in the wrong place. (For later ones BPF_F_ADJ_ROOM_DECAP_L4_UDP is under way.)
+ *
+ * So they go through a VXLAN device of this host: its headers are put in front of the inner packet, and its socket is given
+ * the datagram (bpf_sk_assign), whatever port that names. Behind the device the inner packet goes the way of all others.
+ *
+ *	loden_decap --> INPUT --> socket of the VXLAN device --> its ingress: loden_detour --> TUN
+ *
+ * Packets of the same flow that come by themselves take the short way, and may overtake those.
+ */
+#pragma once
+
+#include "maps.h"
+
+/*
+ * In skb->priority, from here to loden_detour: whoever else finds the device's port has not passed loden_decap. No packet
+ * brings it along: a veth clears it, and a socket of this host may set more than 6 with CAP_NET_RAW or CAP_NET_ADMIN alone,
+ * and could then send as any peer as well.
+ */
+#define DETOUR_MARK 0x4c4f444e
+#define VNI_IS_VALID 0x08000000 /* RFC 7348 section 5 */
+
+/* What stands between the outer IP header and the inner one. */
+struct detour {
+	struct udphdr udp;
+	__be32 flags;
+	__be32 vni;
+	struct ethhdr ethernet;
+} __attribute__((packed));
+
+#define DETOUR_BYTES ((__s32)(sizeof(struct detour) - sizeof(struct udphdr))) /* more than before */
+
+_Static_assert(sizeof(struct detour) == 30, "as on the wire");
+
+/* Whether a packet is to go through the VXLAN device. Nothing cuts TCP for this host itself. */
+static inline bool needs_detour(const struct __sk_buff *skb, __u8 protocol, bool is_own)
+{
+	return skb->gso_size && !(protocol == IPPROTO_TCP && is_own);
+}
+
+/* Whether the socket of the VXLAN device gets the packet; there may be none, and the packet may be too long. */
+static inline bool give_to(struct __sk_buff *skb, struct bpf_sock_tuple *to, __u32 size)
+{
+	struct bpf_sock *socket;
+	bool is_given;
+
+	if (!settings.detour_port || skb->len - ETH_HLEN + DETOUR_BYTES > MOST_LENGTH)
+		return false;
+	socket = bpf_sk_lookup_udp(skb, to, size, BPF_F_CURRENT_NETNS, 0);
+	if (!socket)
+		return false;
+	is_given = !bpf_sk_assign(skb, socket, 0);
+	bpf_sk_release(socket);
+	return is_given;
+}
+
+/*
+ * Put VXLAN's headers in front of an inner packet of so many bytes. ip: those of the outer IP header, which says so already.
+ */
+static inline int detour(struct __sk_buff *skb, __u32 ip, __be16 source, __u16 protocol, __u32 length)
+{
+	struct detour headers = {
+		.udp = {
+			.source = source,
+			.dest = settings.port, /* which firewalls let in */
+			.len = bpf_htons(sizeof(headers) + length),
+		},
+		.flags = bpf_htonl(VNI_IS_VALID),
+		.vni = settings.detour_vni,
+		/* A source, because of f58f45c1e5b9 ("vxlan: drop packets from invalid src-address", v6.9). */
+		.ethernet = { .h_source = { 2 }, .h_proto = bpf_htons(protocol) },
+	};
+
+	skb->priority = DETOUR_MARK;
+	if (bpf_skb_adjust_room(skb, DETOUR_BYTES, BPF_ADJ_ROOM_NET, BPF_F_ADJ_ROOM_FIXED_GSO) ||
+	    bpf_skb_store_bytes(skb, ETH_HLEN + ip, &headers, sizeof(headers), BPF_F_RECOMPUTE_CSUM))
+		return drop(DROP_FAILED);
+	count(RX_PACKETS, 1);
+	count(RX_BYTES, length);
+	return pass(DETOURED);
+}
+
+static inline bool may_detour4(struct __sk_buff *skb, const struct headers4 *outer)
+{
+	struct bpf_sock_tuple to = { .ipv4 = {
+		.saddr = outer->ip.saddr,
+		.daddr = outer->ip.daddr,
+		.sport = outer->udp.source,
+		.dport = settings.detour_port,
+	} };
+
+	return !outer->udp.check && give_to(skb, &to, sizeof(to.ipv4));
+}
+
+static inline bool may_detour6(struct __sk_buff *skb, const struct headers6 *outer)
+{
+	struct bpf_sock_tuple to = { .ipv6 = {
+		.sport = outer->udp.source,
+		.dport = settings.detour_port,
+	} };
+
+	copy6(to.ipv6.saddr, outer->ip.saddr.in6_u.u6_addr32);
+	copy6(to.ipv6.daddr, outer->ip.daddr.in6_u.u6_addr32);
+	return !outer->udp.check && give_to(skb, &to, sizeof(to.ipv6));
+}
+
+static inline int detour4(struct __sk_buff *skb, struct headers4 *outer, __u32 length)
+{
+	outer->ip.tot_len = bpf_htons(length + sizeof(*outer) + DETOUR_BYTES);
+	outer->ip.check = 0;
+	outer->ip.check = ~header_sum(&outer->ip);
+	return detour(skb, sizeof(outer->ip), outer->udp.source, ETH_P_IP, length);
+}
+
+static inline int detour6(struct __sk_buff *skb, struct headers6 *outer, __u32 length)
+{
+	outer->ip.payload_len = bpf_htons(length + sizeof(outer->udp) + DETOUR_BYTES);
+	bpf_csum_update(skb, bpf_htons(DETOUR_BYTES));
+	return detour(skb, sizeof(outer->ip), outer->udp.source, ETH_P_IPV6, length);
+}
+
+/* At the VXLAN device's ingress: what has come this way is where it would have been without; strangers are not let in. */
+SEC("tc")
+int loden_detour(struct __sk_buff *skb)
+{
+	if (skb->priority != DETOUR_MARK)
+		return drop(DROP_UNKNOWN);
+	return bpf_redirect(settings.tun, BPF_F_INGRESS); /* which clears the mark */
+}
