@@ -27,8 +27,6 @@ class Ends:
 
     Args:
         stack: ends it.
-        rows: what the socket for rows is bound to. Another address than where rows are sent, 127.0.0.1, makes
-            them such as the eBPF program hands over.
         narrow: the MTU of one more subnet of the peer, those of :data:`NARROW4` and :data:`NARROW6`.
         source6, allow_unknown: as in :class:`Engine`.
     """
@@ -37,7 +35,6 @@ class Ends:
         self,
         stack: ExitStack,
         *,
-        rows: str = "127.0.0.1",
         narrow: int = 0,
         source6: bytes = b"",
         allow_unknown: bool = False,
@@ -47,13 +44,11 @@ class Ends:
         )
         self.device.settimeout(PATIENCE_S)
         self.peer, plain = (stack.enter_context(bound()) for _ in range(2))
-        for_rows = stack.enter_context(bound(rows))
         self.peer.settimeout(PATIENCE_S)
-        self.port, self.row_port = plain.getsockname(), ("127.0.0.1", for_rows.getsockname()[1])
+        self.port = plain.getsockname()
         self.engine = Engine(
             [tun.fileno()],
             [plain.fileno()],
-            [for_rows.fileno()],
             source6=source6,
             allow_unknown=allow_unknown,
         )
@@ -69,20 +64,17 @@ class Ends:
         stack.callback(self.engine.stop)
         self.engine.start()
 
-    def send(
-        self, message: bytes, size: int, *, row: bool = False, sender: socket.socket | None = None
-    ) -> None:
+    def send(self, message: bytes, size: int, *, sender: socket.socket | None = None) -> None:
         """Send a message as datagrams of so many bytes, none of which is cut off on the way.
 
         Args:
             message: of the peer.
             size: of each datagram but the last; 0 for one.
-            row: to the socket for rows.
             sender: somebody else.
         """
         sender = sender or self.peer
         sender.setsockopt(socket.IPPROTO_UDP, _UDP_SEGMENT, size)
-        sender.sendto(message, self.row_port if row else self.port)
+        sender.sendto(message, self.port)
 
     def written(self) -> bytes:
         """The next packet that the engine writes to the device, behind its virtio header."""
@@ -101,8 +93,8 @@ class Ends:
         return {name: now[name] - before[name] for name in now if now[name] != before[name]}
 
 
-def bound(address: str = "127.0.0.1") -> socket.socket:
+def bound() -> socket.socket:
     """A UDP socket with a port of its own."""
     opened = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    opened.bind((address, 0))
+    opened.bind(("127.0.0.1", 0))
     return opened

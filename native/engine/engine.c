@@ -111,21 +111,17 @@ static int socket_of_family(const struct engine *engine, int family, size_t numb
 	return count == 0 ? -1 : found[number % count];
 }
 
-static int prepare_sockets(const int *sockets, size_t count, bool are_for_rows)
+static int prepare_sockets(const int *sockets, size_t count)
 {
 	const int on = 1;
 
 	for (size_t i = 0; i < count; i++) {
 		int family = socket_family(sockets[i]);
-		bool is_ipv6 = family == AF_INET6;
 
 		if (family < 0)
 			return family;
 		/* A kernel that cannot put datagrams together gives them one by one. */
 		(void)setsockopt(sockets[i], IPPROTO_UDP, UDP_GRO, &on, sizeof(on));
-		if (are_for_rows && setsockopt(sockets[i], is_ipv6 ? IPPROTO_IPV6 : IPPROTO_IP,
-					       is_ipv6 ? IPV6_RECVORIGDSTADDR : IP_RECVORIGDSTADDR, &on, sizeof(on)) < 0)
-			return -errno;
 	}
 	return 0;
 }
@@ -143,9 +139,8 @@ static void worker_init(struct worker *worker, struct engine *engine, size_t num
 	worker->probe[1] = -1;
 	snprintf(worker->name, sizeof(worker->name), "loden-%s-%u", is_receiver ? "rx" : "tx", (uint8_t)index);
 	if (is_receiver) {
-		worker->takes_rows = index >= engine->udp_count;
 		worker->tun = engine->tun[index % engine->tun_count];
-		worker->udp[0] = worker->takes_rows ? engine->rows[index - engine->udp_count] : engine->udp[index];
+		worker->udp[0] = engine->udp[index];
 		worker->udp[1] = -1;
 		return;
 	}
@@ -178,17 +173,13 @@ static int engine_init(struct engine *engine, const struct engine_config *config
 	if (result == 0)
 		result = duplicate(engine->udp, &engine->udp_count, config->udp, config->udp_count);
 	if (result == 0)
-		result = duplicate(engine->rows, &engine->row_count, config->rows, config->row_count);
-	if (result == 0)
-		result = prepare_sockets(engine->udp, engine->udp_count, false);
-	if (result == 0)
-		result = prepare_sockets(engine->rows, engine->row_count, true);
+		result = prepare_sockets(engine->udp, engine->udp_count);
 	if (result == 0)
 		result = table_build(&table, NULL, NULL, 0, NULL, 0);
 	if (result < 0)
 		return result;
 	atomic_init(&engine->table, table);
-	count = engine->tun_count + engine->udp_count + engine->row_count;
+	count = engine->tun_count + engine->udp_count;
 	engine->workers = aligned_alloc(_Alignof(struct worker), count * sizeof(*engine->workers));
 	if (engine->workers == NULL)
 		return -ENOMEM;
@@ -206,7 +197,6 @@ static void engine_deinit(struct engine *engine)
 	free(engine->workers);
 	close_all(engine->tun, engine->tun_count);
 	close_all(engine->udp, engine->udp_count);
-	close_all(engine->rows, engine->row_count);
 	close_all(&engine->stop_event, 1);
 	close_all(&engine->news_event, 1);
 	while (engine->retired != NULL) {
@@ -226,7 +216,7 @@ int engine_create(struct engine **ret, const struct engine_config *config)
 	int result;
 
 	if (config->tun_count == 0 || config->tun_count > ENGINE_DESCRIPTORS || config->udp_count == 0 ||
-	    config->udp_count > ENGINE_DESCRIPTORS || config->row_count > ENGINE_DESCRIPTORS)
+	    config->udp_count > ENGINE_DESCRIPTORS)
 		return -EINVAL;
 	engine = calloc(1, sizeof(*engine));
 	if (engine == NULL)

@@ -4,9 +4,6 @@
  *
  *     TUN queue ──readv─▶ check, route, cut ──sendmmsg, UDP_SEGMENT──▶ UDP socket      a transmitter each queue
  *     TUN queue ◀─writev── merge, check ◀──────recvmmsg, UDP_GRO────── UDP socket      a receiver each socket
- *     TUN queue ◀─writev── check ◀─────────────recvmmsg, UDP_GRO────── row socket      the same
- *
- * A row is a super-packet that was never cut, of datagrams or of TCP: it comes as one packet and goes on as one.
  *
  * Functions return 0 or a negative errno. One engine may be used by several threads.
  */
@@ -18,15 +15,13 @@
 
 struct engine;
 
-#define ENGINE_DESCRIPTORS 64u /* most TUN queues, most sockets, and most row sockets */
+#define ENGINE_DESCRIPTORS 64u /* most TUN queues, and most sockets */
 
 struct engine_config {
 	const int *tun; /* each is duplicated, and becomes non-blocking */
 	size_t tun_count;
 	const int *udp;
 	size_t udp_count;
-	const int *rows; /* sockets for rows; nothing is sent through them */
-	size_t row_count;
 	const uint8_t *source4; /* the source of ICMP errors; NULL: none are sent */
 	const uint8_t *source6;
 	bool allow_unknown;

@@ -65,18 +65,17 @@ static bool source_from(PyObject *object, size_t size, const char *name, const u
 
 static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-	static char *names[] = {"tun", "udp", "rows", "source4", "source6", "allow_unknown", NULL};
-	PyObject *tun, *udp, *rows, *source4 = NULL, *source6 = NULL;
+	static char *names[] = {"tun", "udp", "source4", "source6", "allow_unknown", NULL};
+	PyObject *tun, *udp, *source4 = NULL, *source6 = NULL;
 	MEMORY int *tun_fds = NULL;
 	MEMORY int *udp_fds = NULL;
-	MEMORY int *row_fds = NULL;
 	struct engine_config config = {.tun = NULL};
 	int allow_unknown = 0, result;
 	allocfunc allocate;
 	EngineObject *self;
 
-	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|$OOp", names, &tun, &udp, &rows, &source4,
-					 &source6, &allow_unknown))
+	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$OOp", names, &tun, &udp, &source4, &source6,
+					 &allow_unknown))
 		return NULL;
 	if (!source_from(source4, 4, "source4", &config.source4) ||
 	    !source_from(source6, 16, "source6", &config.source6))
@@ -86,9 +85,6 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
 		return NULL;
 	config.udp = udp_fds = array_from(udp, sizeof(int), descriptor_from, &config.udp_count);
 	if (udp_fds == NULL)
-		return NULL;
-	config.rows = row_fds = array_from(rows, sizeof(int), descriptor_from, &config.row_count);
-	if (row_fds == NULL)
 		return NULL;
 	config.allow_unknown = allow_unknown != 0;
 	allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);

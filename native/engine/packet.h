@@ -123,19 +123,6 @@ uint32_t cut_length(const struct cut *cut, uint32_t index);
  */
 void cut_header(const struct cut *cut, uint32_t index, const uint8_t *payload, uint32_t length, uint8_t *out);
 
-/*
- * The payload bytes of each segment of TCP's that loden_decap has left in the place of the checksum, which is put back:
- * the sum over the pseudo header. 0: there is none; the program does so in plain TCP packets alone.
- */
-uint16_t row_size(const struct packet *packet);
-
-/*
- * Describe a super-packet that the kernel never cut, as it comes out of a tunnel. Its checksum is taken for the sum over
- * the pseudo header, as the kernel has it there and as VIRTIO_NET_HDR_F_NEEDS_CSUM means; if it is not, the checksums of
- * its packets will be wrong. size: payload bytes of each but the last.
- */
-enum drop row_init(struct cut *ret, struct offload *offload, const struct packet *packet, uint16_t size);
-
 /* One flow's neighbouring segments, on their way to become one packet. */
 struct merge {
 	struct packet first;

@@ -25,7 +25,7 @@ struct message {
 	struct sockaddr_storage from;
 	struct iovec piece;
 	union {
-		char space[CMSG_SPACE(sizeof(int)) + CMSG_SPACE(sizeof(struct sockaddr_in6))];
+		char space[CMSG_SPACE(sizeof(int))];
 		struct cmsghdr align;
 	} control;
 };
@@ -43,7 +43,6 @@ struct receiver {
 	struct iovec pieces[RX_FEW][2 * LAYOUT_SEGMENTS]; /* where each of them goes */
 	struct merger merger;
 	bool is_gone;		 /* the TUN device */
-	struct endpoint own;	 /* the socket */
 	/* The last inner source and its peer: most packets come in rows. */
 	const struct peer *peer;
 	uint8_t source[16];
@@ -70,40 +69,6 @@ static int write_apart(struct receiver *receiver, const struct cut *cut, const s
 		cut_header(cut, i, both[1].iov_base, length, header);
 		result = worker_write(receiver->worker, &plain, both, 2);
 	}
-	return result;
-}
-
-/*
- * Write a UDP super-packet of so many packets. Before 399e0827642f ("driver/net/tun: Added features for USO.", v6.2) a TUN
- * device takes none.
- */
-static int write_udp(struct receiver *receiver, const struct offload *offload, struct iovec *pieces, size_t count,
-		     const struct packet *whole, uint32_t packets)
-{
-	struct worker *worker = receiver->worker;
-	int result = receiver->merger.no_udp ? -EINVAL : worker_write(worker, offload, pieces, count);
-	struct cut cut;
-
-	if (result == 0)
-		worker_count(worker, COUNT_MERGED, packets);
-	if (result != -EINVAL || cut_init(&cut, offload, whole) != DROP_NONE)
-		return result;
-	if (packets <= MERGE_PIECES) /* more than UDP_MAX_SEGMENTS of them no kernel takes */
-		receiver->merger.no_udp = true;
-	return write_apart(receiver, &cut, pieces);
-}
-
-/* Write a super-packet of so many packets, or one packet. */
-static int write_merged(struct receiver *receiver, const struct offload *offload, struct iovec *pieces, size_t count,
-			const struct packet *whole, uint32_t packets)
-{
-	int result;
-
-	if (offload->type == OFFLOAD_UDP)
-		return write_udp(receiver, offload, pieces, count, whole, packets);
-	result = worker_write(receiver->worker, offload, pieces, count);
-	if (result == 0 && packets > 1)
-		worker_count(receiver->worker, COUNT_MERGED, packets);
 	return result;
 }
 
@@ -135,6 +100,7 @@ static void on_merged(void *context, const struct offload *offload, struct merge
 {
 	struct receiver *receiver = context;
 	struct packet whole = merge->first;
+	struct cut cut;
 	int result;
 
 	if (receiver->is_gone)
@@ -142,7 +108,14 @@ static void on_merged(void *context, const struct offload *offload, struct merge
 	whole.length = merge->header + merge->total;
 	if (merge->count > 1)
 		receiver->layout = layout_of(merge->header, merge->size);
-	result = write_merged(receiver, offload, merge->pieces, merge->piece_count, &whole, merge->count);
+	result = worker_write(receiver->worker, offload, merge->pieces, merge->piece_count);
+	if (result == 0 && merge->count > 1)
+		worker_count(receiver->worker, COUNT_MERGED, merge->count);
+	if (result == -EINVAL && offload->type == OFFLOAD_UDP && cut_init(&cut, offload, &whole) == DROP_NONE) {
+		/* Before 399e0827642f ("driver/net/tun: Added features for USO.", v6.2) a TUN device takes none. */
+		receiver->merger.no_udp = true;
+		result = write_apart(receiver, &cut, merge->pieces);
+	}
 	count_written(receiver, result, merge->count, (uint64_t)merge->count * merge->header + merge->total);
 }
 
@@ -170,64 +143,20 @@ static const struct peer *peer_of(struct receiver *receiver, const struct packet
 	return receiver->peer;
 }
 
-/* Whether a packet may come in here from there; one hop older then. */
-static enum drop admit(struct receiver *receiver, uint32_t endpoint, struct packet *packet)
+static enum drop take(struct receiver *receiver, uint32_t endpoint, struct packet *packet)
 {
 	const struct peer *peer = peer_of(receiver, packet);
+	enum drop reason;
 
 	if (!receiver->worker->engine->allow_unknown && (peer == NULL || peer->endpoint != endpoint))
 		return DROP_SPOOFED;
-	return packet_forward(packet);
-}
-
-static enum drop take(struct receiver *receiver, uint32_t endpoint, struct packet *packet)
-{
-	enum drop reason = admit(receiver, endpoint, packet);
-
+	reason = packet_forward(packet);
 	if (reason != DROP_NONE)
 		return reason;
 	receiver->peer_packets++;
 	receiver->peer_bytes += packet->length;
 	merger_put(&receiver->merger, packet);
 	return DROP_NONE;
-}
-
-/* A row: so many bytes of payload are in each of its packets. */
-static enum drop take_row(struct receiver *receiver, uint32_t endpoint, struct packet *packet, size_t length,
-			  size_t size)
-{
-	struct iovec piece = {.iov_base = packet->data, .iov_len = length};
-	struct offload offload;
-	struct cut cut;
-	uint64_t bytes;
-	int result;
-	enum drop reason = admit(receiver, endpoint, packet);
-
-	if (reason == DROP_NONE)
-		reason = packet->length == length ? row_init(&cut, &offload, packet, (uint16_t)size) : DROP_LENGTH;
-	if (reason != DROP_NONE)
-		return reason;
-	bytes = (uint64_t)cut.count * cut.header + cut.total;
-	receiver->peer_packets += cut.count;
-	receiver->peer_bytes += bytes;
-	merger_flush(&receiver->merger); /* what came before it on this socket */
-	if (receiver->is_gone)
-		return DROP_NONE;
-	result = write_merged(receiver, &offload, &piece, 1, packet, cut.count);
-	count_written(receiver, result, cut.count, bytes);
-	return DROP_NONE;
-}
-
-/* What came to another address than the socket's own was handed over by loden_decap (native/bpf/decapsulate.h). */
-static bool is_handed(const struct receiver *receiver, const struct cmsghdr *control)
-{
-	struct endpoint to = {.size = 0}, own = receiver->own;
-	size_t length = control->cmsg_len - CMSG_LEN(0);
-
-	memcpy(&to.address, CMSG_DATA(control), length < sizeof(to.address) ? length : sizeof(to.address));
-	if (to.address.any.sa_family == AF_INET)
-		return to.address.ipv4.sin_addr.s_addr != own.address.ipv4.sin_addr.s_addr;
-	return memcmp(&to.address.ipv6.sin6_addr, &own.address.ipv6.sin6_addr, sizeof(struct in6_addr)) != 0;
 }
 
 static uint8_t *aside_of(const struct receiver *receiver, size_t index)
@@ -241,12 +170,11 @@ struct arrival {
 	uint8_t *aside; /* the headers of all packets but the first; NULL: each is in front of its payload */
 	struct layout layout;
 	size_t length;
-	size_t each; /* bytes of each datagram but the last; of a row, of its payloads */
-	bool is_handed;
+	size_t each; /* bytes of each datagram but the last */
 };
 
-/* What else the kernel says of a message: how large the datagrams are that it has put together, and where they went. */
-static void read_control(const struct receiver *receiver, struct arrival *arrival, struct msghdr *header)
+/* How large the datagrams are that the kernel has put together. */
+static void read_control(struct arrival *arrival, struct msghdr *header)
 {
 	arrival->each = arrival->length;
 	for (struct cmsghdr *one = CMSG_FIRSTHDR(header); one != NULL; one = CMSG_NXTHDR(header, one)) {
@@ -256,9 +184,6 @@ static void read_control(const struct receiver *receiver, struct arrival *arriva
 			memcpy(&size, CMSG_DATA(one), sizeof(size));
 			if (size > 0 && (size_t)size < arrival->length)
 				arrival->each = (size_t)size;
-		} else if ((one->cmsg_level == IPPROTO_IP && one->cmsg_type == IP_ORIGDSTADDR) ||
-			   (one->cmsg_level == IPPROTO_IPV6 && one->cmsg_type == IPV6_ORIGDSTADDR)) {
-			arrival->is_handed = is_handed(receiver, one);
 		}
 	}
 }
@@ -293,12 +218,6 @@ static enum drop parse(struct arrival *arrival, size_t at, size_t length, struct
 	return reason;
 }
 
-/* Whether a message is a row, and not several packets or one. */
-static bool is_row(const struct receiver *receiver, const struct arrival *arrival)
-{
-	return receiver->worker->takes_rows && (arrival->each < arrival->length || arrival->is_handed);
-}
-
 static enum drop take_packet(struct receiver *receiver, struct arrival *arrival, uint32_t endpoint, size_t at,
 			     size_t length)
 {
@@ -313,11 +232,7 @@ static enum drop take_packet(struct receiver *receiver, struct arrival *arrival,
 	}
 	if (reason != DROP_NONE)
 		return reason;
-	if (!is_row(receiver, arrival))
-		return take(receiver, endpoint, &packet);
-	if (packet.protocol != IPPROTO_TCP)
-		return take_row(receiver, endpoint, &packet, length, arrival->each);
-	return arrival->is_handed ? take_row(receiver, endpoint, &packet, length, row_size(&packet)) : DROP_OFFLOAD;
+	return take(receiver, endpoint, &packet);
 }
 
 static void take_message(struct receiver *receiver, size_t index)
@@ -338,7 +253,7 @@ static void take_message(struct receiver *receiver, size_t index)
 		worker_drop(worker, DROP_OVERSIZED, 1);
 		return;
 	}
-	read_control(receiver, &arrival, &header->msg_hdr);
+	read_control(&arrival, &header->msg_hdr);
 	if (header->msg_hdr.msg_iovlen > 1 && arrival.length > first && !is_stranger) {
 		arrival.aside = aside_of(receiver, index);
 		if (arrival.each != first)
@@ -346,7 +261,7 @@ static void take_message(struct receiver *receiver, size_t index)
 	}
 	do {
 		size_t left = arrival.length - at;
-		size_t length = is_row(receiver, &arrival) || left < arrival.each ? left : arrival.each;
+		size_t length = left < arrival.each ? left : arrival.each;
 		enum drop reason = DROP_UNKNOWN_PEER;
 
 		if (!is_stranger)
@@ -384,8 +299,7 @@ static size_t lay_out(struct receiver *receiver, size_t index, const struct layo
 
 static void prepare(struct receiver *receiver)
 {
-	bool is_expected = receiver->at_once == RX_FEW && receiver->layout.header > 0 &&
-			   !receiver->worker->takes_rows;
+	bool is_expected = receiver->at_once == RX_FEW && receiver->layout.header > 0;
 
 	receiver->expected = receiver->layout;
 	for (size_t i = 0; i < receiver->at_once; i++) {
@@ -493,8 +407,6 @@ void receive(struct worker *worker)
 	} else {
 		receiver->worker = worker;
 		receiver->at_once = RX_MESSAGES;
-		receiver->own.size = sizeof(receiver->own.address);
-		(void)getsockname(worker->udp[0], &receiver->own.address.any, &receiver->own.size); /* it is bound */
 		merger_init(&receiver->merger, on_merged, receiver);
 		receive_all(receiver);
 	}

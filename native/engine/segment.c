@@ -124,40 +124,6 @@ enum drop cut_init(struct cut *ret, const struct offload *offload, const struct 
 	return DROP_NONE;
 }
 
-uint16_t row_size(const struct packet *packet)
-{
-	uint32_t behind = packet->length - packet->network;
-	uint8_t *checksum;
-	uint16_t size;
-
-	if (packet->protocol != IPPROTO_TCP || packet->has_options || transport_length(packet) == 0)
-		return 0;
-	checksum = packet->data + packet->network + TCP_CHECKSUM;
-	size = load16(checksum);
-	store16_raw(checksum, checksum_fold(pseudo_length(pseudo_sum(packet), behind)));
-	return size;
-}
-
-enum drop row_init(struct cut *ret, struct offload *offload, const struct packet *packet, uint16_t size)
-{
-	enum drop reason;
-
-	*offload = (struct offload){
-		.flags = OFFLOAD_NEEDS_CHECKSUM,
-		.type = offload_type(packet),
-		.size = size,
-		.checksum_start = packet->network,
-		.checksum_offset = (uint16_t)checksum_place(packet->protocol),
-	};
-	reason = cut_init(ret, offload, packet);
-	if (reason != DROP_NONE)
-		return reason;
-	offload->header = (uint16_t)ret->header;
-	if (packet->protocol == IPPROTO_TCP && (packet->data[packet->network + TCP_FLAGS] & TCP_CWR))
-		offload->type |= OFFLOAD_ECN;
-	return DROP_NONE;
-}
-
 uint32_t cut_length(const struct cut *cut, uint32_t index)
 {
 	return index + 1 < cut->count ? cut->size : cut->total - index * cut->size;

@@ -49,7 +49,6 @@ struct worker {
 	char name[16];
 	int tun;
 	int udp[2]; /* IPv4, IPv6; -1: none. A receiver's own is the first. */
-	bool takes_rows;
 	int probe[2];
 	struct ration icmp, news;
 	struct pace pace;
@@ -67,8 +66,7 @@ struct engine {
 	size_t worker_count;
 	int tun[ENGINE_DESCRIPTORS];
 	int udp[ENGINE_DESCRIPTORS];
-	int rows[ENGINE_DESCRIPTORS];
-	size_t tun_count, udp_count, row_count;
+	size_t tun_count, udp_count;
 	uint8_t source4[4], source6[16];
 	bool has_source4, has_source6, allow_unknown;
 	int stop_event; /* readable: workers end */

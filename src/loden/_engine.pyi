@@ -26,7 +26,6 @@ class Engine:
         cls,
         tun: Sequence[int],
         udp: Sequence[int],
-        rows: Sequence[int],
         *,
         source4: bytes = b"",
         source6: bytes = b"",
@@ -41,11 +40,6 @@ class Engine:
             udp: bound UDP sockets of any family, 1 to 64, in which ``IP_MTU_DISCOVER`` is set to ``DO``. They
                 become non-blocking, get ``UDP_GRO``, and a receiver reads each; datagrams leave through one
                 of the family of the peer's outer address.
-            rows: the same, 0 to 64, of sockets where rows come: super-packets that were never cut, one
-                packet with headers once. Of datagrams ``UDP_GRO`` says how many bytes of payload each has. Of
-                TCP the place of the checksum says it, in packets that came to another address than that which
-                the socket is bound to: they get ``IP_RECVORIGDSTADDR`` or ``IPV6_RECVORIGDSTADDR``. Nothing
-                is sent through them.
             source4: this host's tunnel address, where ICMP errors come from; without it there are none. The
                 kernel takes them from that address only where the device's ``accept_local`` is 1.
             source6: the same of IPv6.
@@ -89,7 +83,7 @@ class Engine:
         """Figures since the engine was made.
 
         ``tun_packets`` were read from the device, where a super-packet is one; ``udp_packets`` are
-        datagrams received, where a row that was never cut is one, also where it is dropped for what it is;
+        datagrams received;
         ``tx_packets``, ``tx_bytes``, ``rx_packets`` and ``rx_bytes`` count inner packets sent and handed to
         the device; ``segments`` of those sent were cut from super-packets, ``merged`` of those handed on
         were part of one; ``fragments`` were made here; ``icmp`` errors were sent, ``icmp_limited`` were

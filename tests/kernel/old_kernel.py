@@ -9,12 +9,10 @@ from bench._tunnel import SIDES, engine_on, wire
 from loden.address import Family
 from tests.kernel.test_engine import ONE, TWO, UDP_SEGMENT, transfer, udp_pair
 from tests.unit.test_engine_layouts import merged_come_apart
-from tests.unit.test_engine_rows import rows_come_apart
 
 
 def main() -> None:
     """Send TCP and datagrams in rows, and compare what arrives."""
-    rows_come_apart()
     merged_come_apart()
     with wire(), ExitStack() as stack:
         engines = [engine_on(side, stack) for side in SIDES]

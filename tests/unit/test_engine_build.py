@@ -127,5 +127,5 @@ def test_fuzzing_breaks_nothing(target: str, tmp_path: Path) -> None:
 
 
 def test_sanitizers_have_nothing_to_say(tmp_path: Path) -> None:
-    names = ("layouts", "packets", "rows", "table")
+    names = ("layouts", "packets", "table")
     run_sanitized(tmp_path, *(f"tests/unit/test_engine_{name}.py" for name in names))

@@ -88,8 +88,6 @@ class Engine:
             are duplicated and become non-blocking. Set what they offload before.
         udp: descriptors of bound UDP sockets, in which ``IP_MTU_DISCOVER`` is ``DO``; the same happens to
             them.
-        rows: the same of sockets that eBPF programs hand super-packets to which nobody has cut
-            (:meth:`loden.tables.udp_bpf.FastPath.hand_rows_to`); nothing is sent through them.
         source4: this host's tunnel address, where ICMP errors come from; without it there are none. The
             kernel accepts them only where the device's ``accept_local`` is 1.
         source6: the same of IPv6.
@@ -104,7 +102,6 @@ class Engine:
         self,
         tun: Sequence[int],
         udp: Sequence[int],
-        rows: Sequence[int] = (),
         *,
         source4: bytes = b"",
         source6: bytes = b"",
@@ -117,7 +114,7 @@ class Engine:
 
         try:
             self._engine = _engine.Engine(
-                tun, udp, rows, source4=source4, source6=source6, allow_unknown=allow_unknown
+                tun, udp, source4=source4, source6=source6, allow_unknown=allow_unknown
             )
         except OSError as error:
             raise KernelError("make", "a packet engine", error.errno or 0) from error
