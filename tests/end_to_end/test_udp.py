@@ -292,6 +292,28 @@ def ebpf(host: Host) -> dict[str, int]:
     return found
 
 
+def require_detour(hosts: Hosts) -> None:
+    """A row arrives at the second host's container by the detour."""
+    before = ebpf(hosts[1])
+    with datagram_sockets(hosts[0].container(), hosts[1].container()) as (near, far):
+        require_row_arrives(near, far)
+    assert ebpf(hosts[1])["detoured"] == before["detoured"] + 1
+
+
+def have_all_programs(host: Host) -> bool:
+    """Whether each is where it belongs, as tc says."""
+    places = {"encap": "flannel0 egress", "decap": "eth0 ingress", "detour": "flannel0.in ingress"}
+
+    def shown(place: str) -> str:
+        line = ["tc", "filter", "show", "dev", *place.split()]
+        return subprocess.run(line, capture_output=True, text=True, check=False).stdout
+
+    return all(
+        f"loden_{name}/flannel0" in host.inside(lambda place=place: shown(place))  # type: ignore[misc]
+        for name, place in places.items()
+    )
+
+
 def test_row_that_nobody_has_cut_is_handed_on_as_one(make_hosts: MakeHosts) -> None:
     """By the detour, with an agent and without."""
     hosts = make_hosts()
@@ -319,9 +341,15 @@ def test_tcp_for_containers_is_handed_on_as_it_came(make_hosts: MakeHosts) -> No
 
 
 class Stream:
-    """TCP from one container to another for the length of a block, as fast as it goes. Nothing is lost."""
+    """TCP from one container to another for the length of a block, as fast as it goes. Nothing is lost.
 
-    def __init__(self, source: probe.End, target: probe.End) -> None:
+    Args:
+        source, target: the containers.
+        may_lose: something may be lost, and is sent again.
+    """
+
+    def __init__(self, source: probe.End, target: probe.End, *, may_lose: bool = False) -> None:
+        self._may_lose = may_lose
         self._stack = ExitStack()
         address = (format_address(target.address), 4003)
         listener = self._stack.enter_context(
@@ -346,7 +374,7 @@ class Stream:
             thread.join()
         with self._stack:
             # What the other end has got twice it says a moment later.
-            wait_until("the last D-SACK", lambda: lost_segments(self._sender) == 0)
+            wait_until("the last D-SACK", lambda: self._may_lose or lost_segments(self._sender) == 0)
 
     def _send(self) -> None:
         data = bytes(1 << 20)
@@ -408,7 +436,9 @@ def test_port_of_the_detour_in_use_costs_the_detour_alone(make_hosts: MakeHosts)
     rival = hosts[1].inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     with rival:
         rival.bind(("0.0.0.0", 285))
-        start_all(hosts, network("ebpf"))
+        agents = start_all(hosts, network("ebpf"))
+        agents[1].wait_line("detour=none because=", "flannel0.in")
+        agents[1].wait_line("flannel0.in", "Address already in use", "UDP port 285")
         found = status(hosts[1])
         assert (found["acceleration"], found["detour"]) == ("ebpf", "")
         assert "flannel0.in" in str(found["detour_reason"])
@@ -448,8 +478,27 @@ def test_device_deleted_under_load_comes_back(make_hosts: MakeHosts, acceleratio
             hosts[1].ip("link delete flannel0")
             hosts.require_all_reached()
         talk.require_alive("the device was deleted")
+    if acceleration == "ebpf":
+        require_detour(hosts)
     assert agents[1].process.poll() is None
     assert hosts[1].routes() == ["10.5.0.0/16 dev flannel0 scope link"]
+
+
+def test_device_of_the_detour_deleted_under_load_comes_back(make_hosts: MakeHosts) -> None:
+    """TCP goes on: what is in the device is lost, and sent again; the rest goes the short way."""
+    hosts = make_hosts()
+    start_all(hosts, network("ebpf"))
+    with Stream(hosts[0].container(), hosts[1].container(), may_lose=True) as stream:
+
+        def wait_for_more() -> None:
+            reached = stream.received
+            wait_until("TCP", lambda: stream.received > reached + 50_000_000)
+
+        for _ in range(3):
+            hosts[1].ip("link delete flannel0.in")
+            wait_for_more()
+            wait_until("the detour", lambda: have_all_programs(hosts[1]))
+    require_detour(hosts)
 
 
 @pytest.mark.parametrize("acceleration", BOTH)
@@ -463,33 +512,30 @@ def test_address_that_changes_is_followed_and_connections_survive(
         agents[1].wait_line("interface changed", "198.18.0.77")
         hosts.require_all_reached()
         talk.require_alive("the change")
+    if acceleration == "ebpf":
+        require_detour(hosts)
 
 
 @pytest.mark.parametrize(
     "damage",
-    ["filter delete dev eth0 ingress", "filter delete dev flannel0 egress", "qdisc delete dev eth0 clsact"],
+    [
+        "filter delete dev eth0 ingress",
+        "filter delete dev flannel0 egress",
+        "filter delete dev flannel0.in ingress",
+        "qdisc delete dev eth0 clsact",
+    ],
 )
 def test_program_that_somebody_detached_is_attached_again(make_hosts: MakeHosts, damage: str) -> None:
+    """The kernel says that it is gone."""
     hosts = make_hosts()
     agents = start_all(hosts, network("ebpf"))
-    host = hosts[0]
+    host = hosts[1]
+    assert have_all_programs(host)
     host.inside(lambda: subprocess.run(["tc", *damage.split()], check=True))
-    agents[0].wait_line("drift", "tunnel flannel0")
-
-    def attached() -> str:
-        listed = [
-            ["filter", "show", "dev", "eth0", "ingress"],
-            ["filter", "show", "dev", "flannel0", "egress"],
-        ]
-        return host.inside(
-            lambda: "".join(
-                subprocess.run(["tc", *words], capture_output=True, text=True, check=False).stdout
-                for words in listed
-            )
-        )
-
-    wait_until("both", lambda: "loden_encap" in attached() and "loden_decap" in attached())
+    wait_until("all programs", lambda: have_all_programs(host))
+    agents[1].wait_line("drift", "tunnel flannel0")
     require_bytes_arrive(hosts[0].container(), hosts[1].container())
+    require_detour(hosts)
 
 
 def send_raw(host: Host, target: str, packet: bytes) -> None:

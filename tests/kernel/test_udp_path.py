@@ -46,7 +46,7 @@ MTU = 65535
 class PathOnDevices:
     """Both programs of one host, attached; the peers are beyond the wire."""
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, wire: Wire, *, allow_unknown: bool = False) -> None:
         self.wire = wire
         self.reader = open_queue("tun0")
         for device in ("tun0", "eth0", "wire"):
@@ -63,6 +63,7 @@ class PathOnDevices:
                 wire.port,
                 self.tun,
                 wire.inside,
+                allow_unknown,
                 detour_port=self.link.port,
                 detour_vni=self.link.vni,
             )
@@ -150,15 +151,15 @@ class PathOnDevices:
                 return packet
         raise AssertionError("nothing arrives at the TUN's reader")
 
-    def tcp(self, payload: bytes, *, target: str = "") -> bytes:
+    def tcp(self, payload: bytes, *, target: str = "", number: int = 0, **changed: int) -> bytes:
         """A TCP packet of a peer's container."""
-        target = target or self.wire.own_container
-        return self.wire.packet(self.peer()[0], target, tcp_header() + payload, protocol=socket.IPPROTO_TCP)
+        target, inner = target or self.wire.own_container, tcp_header() + payload
+        return self.wire.packet(self.peer(number)[0], target, inner, protocol=socket.IPPROTO_TCP, **changed)
 
-    def row(self, payload: bytes) -> bytes:
+    def row(self, payload: bytes, *, number: int = 0, **changed: int) -> bytes:
         """A packet of a peer's that holds datagrams in a row, as they are before they are cut."""
-        inner = udp(9, 9, payload)
-        return self.wire.packet(self.peer()[0], self.wire.own_container, inner, protocol=socket.IPPROTO_UDP)
+        target, inner = self.wire.own_container, udp(9, 9, payload)
+        return self.wire.packet(self.peer(number)[0], target, inner, protocol=socket.IPPROTO_UDP, **changed)
 
     def arrive_whole(self, packet: bytes, *, size: int) -> dict[str, int]:
         """Come in from the wire as a super-packet with pieces of so many bytes.
@@ -435,6 +436,28 @@ class TestIn:
         assert start == len(path.packet(b""))
         (traffic,) = [one.traffic for one in path.path.peers() if one.traffic.rx_packets]
         assert (traffic.rx_packets, traffic.rx_bytes) == (1, len(packet))
+
+    @pytest.mark.parametrize("kind", ["row", "tcp"])
+    def test_super_packet_that_may_not_come_in_is_dropped(self, path: PathOnDevices, kind: str) -> None:
+        """By the first program: the one behind the detour knows no peers."""
+        make = getattr(path, kind)
+        dropped = {"spoofed": make(bytes(3000), number=1), "ttl": make(bytes(3000), ttl=2)}
+        if path.wire.family is Family.IPV4:
+            dropped["checksum"] = make(bytes(3000), check=0x1234)
+        for reason, packet in dropped.items():
+            assert path.arrive_whole(packet, size=1000) == {reason: 1}
+        path.path.drop(Prefix.parse(next(iter(path.wire.peers))))
+        assert path.arrive_whole(make(bytes(3000)), size=1000) == {"unknown_peer": 1}
+
+    @pytest.mark.parametrize("wire", WIRES, ids=lambda wire: str(wire.family))
+    def test_strangers_super_packet_is_let_in_on_demand(self, underlay: None, wire: Wire) -> None:
+        del underlay
+        require_bpf()
+        with closing(PathOnDevices(wire, allow_unknown=True)) as path:
+            path.path.drop(Prefix.parse(next(iter(wire.peers))))
+            for packet in (path.row(bytes(3000)), path.tcp(bytes(3000))):
+                assert path.arrive_whole(packet, size=1000)["detoured"] == 1
+                assert next(frames(path.near)) == wire.older(wire.older(packet))
 
     def test_bridge_hands_on_whole_what_came_by_the_detour(self, path: PathOnDevices) -> None:
         """And would cut it, did it not: so it is the detour that does it."""

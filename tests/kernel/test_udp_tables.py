@@ -18,6 +18,7 @@ from loden.address import Family, format_address
 from loden.errors import KernelError
 from loden.tables import tc, udp_probe
 from loden.tables.entries import VxlanLink
+from loden.tables.netlink import Refusal
 from loden.tables.tun import open_queue
 from loden.tables.udp_bpf import FastPath
 from loden.tables.udp_detour import detour_link
@@ -402,6 +403,7 @@ class TestWays:
         if way == "ebpf":
             assert "load eBPF programs" in found["error"]
             assert "CAP_BPF" in found["hint"]
+            assert "a kernel in lockdown allows it to nobody" in found["hint"]
             return
         assert found["acceleration"] == "engine"
         assert "load eBPF programs" in found["reason"] or way == "engine"
@@ -418,6 +420,7 @@ class TestWays:
         assert found["acceleration"] == "ebpf"
         assert found["peers"] == 1
         assert "udp has no engine" in found["log"]
+        assert "rows of datagrams are lost" in found["log"]  # the detour's device is not there either
 
     @pytest.mark.parametrize("way", ["auto", "ebpf"])
     def test_host_without_libbpf(self, underlay: None, way: str) -> None:
@@ -444,6 +447,32 @@ class TestWays:
     def test_probe_says_why_it_does_not(self) -> None:
         for lacks in elsewhere("probe", wrap=WITHOUT_BPF)["lacks"]:
             assert "eBPF" in lacks["ebpf"]
+
+    def test_probe_says_that_the_kernel_has_no_place_for_programs(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As one without ``clsact`` or BPF classifiers answers."""
+        require_bpf()
+
+        async def refuse(*_: object) -> Refusal:
+            return Refusal(errno.ENOENT, "Specified qdisc kind is unknown")
+
+        monkeypatch.setattr(tc, "attach", refuse)
+        found = udp_probe.find_lacks.__wrapped__(Family.IPV4)
+        assert list(found) == ["ebpf"]
+        assert "attach eBPF program loden_encap: Specified qdisc kind is unknown" in found["ebpf"]
+
+    @pytest.mark.parametrize("family", Family, ids=str)
+    def test_probe_says_that_no_packet_comes_through(
+        self, monkeypatch: pytest.MonkeyPatch, family: Family
+    ) -> None:
+        """It believes a packet alone, not programs that load."""
+        require_bpf()
+        monkeypatch.setattr(FastPath, "put", lambda *_: None)  # what knows no peer carries nothing
+        monkeypatch.setattr(udp_probe, "_PATIENCE_S", 0.2)
+        found = udp_probe.find_lacks.__wrapped__(family)
+        assert list(found) == ["ebpf"]
+        assert f"an {family} packet does not come through" in found["ebpf"]
 
     @pytest.mark.parametrize(
         ("family", "changed", "reason"),
