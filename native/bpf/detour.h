@@ -61,11 +61,12 @@ static inline bool give_to(struct __sk_buff *skb, struct bpf_sock_tuple *to, __u
 /*
  * Put VXLAN's headers in front of an inner packet of so many bytes. ip: those of the outer IP header, which says so already.
  */
-static inline int detour(struct __sk_buff *skb, __u32 ip, __be16 source, __u16 protocol, __u32 length)
+static inline int detour(struct __sk_buff *skb, __u32 ip, __u16 protocol, __u32 length)
 {
 	struct detour headers = {
 		.udp = {
-			.source = source,
+			/* As the socket has no peer: else NAT takes it away in INPUT since v6.6 (nf_nat_inet_port_was_mangled). */
+			.source = 0,
 			.dest = settings.port, /* which firewalls let in */
 			.len = bpf_htons(sizeof(headers) + length),
 		},
@@ -113,14 +114,14 @@ static inline int detour4(struct __sk_buff *skb, struct headers4 *outer, __u32 l
 	outer->ip.tot_len = bpf_htons(length + sizeof(*outer) + DETOUR_BYTES);
 	outer->ip.check = 0;
 	outer->ip.check = ~header_sum(&outer->ip);
-	return detour(skb, sizeof(outer->ip), outer->udp.source, ETH_P_IP, length);
+	return detour(skb, sizeof(outer->ip), ETH_P_IP, length);
 }
 
 static inline int detour6(struct __sk_buff *skb, struct headers6 *outer, __u32 length)
 {
 	outer->ip.payload_len = bpf_htons(length + sizeof(outer->udp) + DETOUR_BYTES);
 	bpf_csum_update(skb, bpf_htons(DETOUR_BYTES));
-	return detour(skb, sizeof(outer->ip), outer->udp.source, ETH_P_IPV6, length);
+	return detour(skb, sizeof(outer->ip), ETH_P_IPV6, length);
 }
 
 /* At the VXLAN device's ingress: what has come this way is where it would have been without; strangers are not let in. */

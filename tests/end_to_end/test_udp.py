@@ -158,9 +158,9 @@ def require_all_kinds(ends: list[probe.End]) -> None:
                 require_datagrams_arrive(source, target)
 
 
-def start_all(hosts: Hosts, text: str) -> list[Agent]:
+def start_all(hosts: Hosts, text: str, *flags: str) -> list[Agent]:
     hosts.put_network(text)
-    agents = [host.start("--iface", "eth0", "--healthz-port", str(STATUS_PORT)) for host in hosts]
+    agents = [host.start("--iface", "eth0", "--healthz-port", str(STATUS_PORT), *flags) for host in hosts]
     for agent in agents:
         agent.wait_ready()
     for host in hosts:
@@ -429,6 +429,21 @@ def test_stopped_agent_stops_nothing(make_hosts: MakeHosts) -> None:
     finally:
         for agent in agents:
             os.kill(agent.pid, signal.SIGCONT)
+
+
+def test_nat_on_a_host_leaves_the_detour_alone(make_hosts: MakeHosts) -> None:
+    """Where there is any chain of NAT the kernel looks at each packet's socket again, in INPUT."""
+    hosts = make_hosts()
+    start_all(hosts, network("ebpf"), "--ip-masq")
+    source, target = (host.container() for host in hosts)
+    before = ebpf(hosts[1])
+    require_bytes_arrive(source, target)
+    with datagram_sockets(source, target) as (near, far):
+        require_row_arrives(near, far)
+    assert ebpf(hosts[1])["detoured"] > before["detoured"] + 1
+    engine = status(hosts[1])["engine"]
+    assert isinstance(engine, dict)
+    assert (engine["udp_packets"], engine["version"]) == (0, 0)
 
 
 def test_port_of_the_detour_in_use_costs_the_detour_alone(make_hosts: MakeHosts) -> None:
