@@ -82,7 +82,12 @@ static inline int detour(struct __sk_buff *skb, __u32 ip, __u16 protocol, __u32 
 		return drop(DROP_FAILED);
 	count(RX_PACKETS, 1);
 	count(RX_BYTES, length);
-	return pass(DETOURED);
+	count(DETOURED, 1);
+	/*
+	 * And not TC_ACT_UNSPEC: the programs of others behind ours see no packet of the short way either, and nobody may
+	 * put this one aside (mirred to an ifb does), because it holds no reference to the socket.
+	 */
+	return TC_ACT_OK;
 }
 
 static inline bool may_detour4(struct __sk_buff *skb, const struct headers4 *outer)

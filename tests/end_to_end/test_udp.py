@@ -446,6 +446,20 @@ def test_nat_on_a_host_leaves_the_detour_alone(make_hosts: MakeHosts) -> None:
     assert (engine["udp_packets"], engine["version"]) == (0, 0)
 
 
+def test_filters_of_others_behind_ours_see_nothing_of_the_detour(make_hosts: MakeHosts) -> None:
+    hosts = make_hosts()
+    start_all(hosts, network("ebpf"))
+    command = "tc filter add dev eth0 ingress protocol ip pref 100 bpf da bytecode".split()
+    drop_all = [*command, "1,6 0 0 2,"]
+    hosts[1].inside(lambda: subprocess.run(drop_all, check=True))
+    source, target = (host.container() for host in hosts)
+    before = ebpf(hosts[1])
+    require_bytes_arrive(source, target)
+    with datagram_sockets(source, target) as (near, far):
+        require_row_arrives(near, far)
+    assert ebpf(hosts[1])["detoured"] > before["detoured"] + 1
+
+
 def test_port_of_the_detour_in_use_costs_the_detour_alone(make_hosts: MakeHosts) -> None:
     hosts = make_hosts()
     rival = hosts[1].inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
