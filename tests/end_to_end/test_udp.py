@@ -449,8 +449,8 @@ def test_nat_on_a_host_leaves_the_detour_alone(make_hosts: MakeHosts) -> None:
 def test_filters_of_others_behind_ours_see_nothing_of_the_detour(make_hosts: MakeHosts) -> None:
     hosts = make_hosts()
     start_all(hosts, network("ebpf"))
-    command = "tc filter add dev eth0 ingress protocol ip pref 100 bpf da bytecode".split()
-    drop_all = [*command, "1,6 0 0 2,"]
+    command = ["tc", "filter", "add", "dev", "eth0", "ingress", "protocol", "ip", "pref", "100"]
+    drop_all = [*command, "bpf", "da", "bytecode", "1,6 0 0 2,"]
     hosts[1].inside(lambda: subprocess.run(drop_all, check=True))
     source, target = (host.container() for host in hosts)
     before = ebpf(hosts[1])

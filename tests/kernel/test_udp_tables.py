@@ -474,6 +474,13 @@ class TestWays:
         assert list(found) == ["ebpf"]
         assert f"an {family} packet does not come through" in found["ebpf"]
 
+    def test_probe_of_ipv4_needs_no_settings_of_ipv6(self) -> None:
+        """A container may have them read-only, and a kernel may have no IPv6."""
+        require_bpf()
+        ipv4, ipv6 = elsewhere("probe", wrap=WITHOUT_SETTINGS)["lacks"]
+        assert ipv4 == {}
+        assert "Read-only" in ipv6["ebpf"]
+
     @pytest.mark.parametrize(
         ("family", "changed", "reason"),
         [
@@ -499,6 +506,8 @@ class TestWays:
 
 #: Root that may do everything but load programs.
 WITHOUT_BPF = ("setpriv", "--bounding-set=-bpf,-sys_admin,-perfmon")
+_READ_ONLY = 'mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys && exec "$@"'
+WITHOUT_SETTINGS = ("unshare", "--mount", "--", "sh", "-c", _READ_ONLY, "sh")
 
 _ELSEWHERE = """
 import asyncio, io, json, logging, sys

@@ -92,7 +92,8 @@ def _try_apart(family: Family) -> Mapping[str, str]:
         if libc.unshare(_CLONE_NEWNET):
             subject = "a network namespace to test eBPF programs in"
             raise KernelError("make", subject, ctypes.get_errno(), hint="give the process CAP_SYS_ADMIN")
-        Path("/proc/sys/net/ipv6/conf/default/accept_dad").write_text("0", encoding="ascii")
+        if family is Family.IPV6:  # containers may have /proc/sys read-only, and kernels no IPv6
+            Path("/proc/sys/net/ipv6/conf/default/accept_dad").write_text("0", encoding="ascii")
         with closing(Netlink()) as requests:
             no_detour = asyncio.run(_send(requests, family))
     except (KernelError, OSError) as error:
