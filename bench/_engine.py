@@ -9,6 +9,7 @@ import contextlib
 import functools
 import pathlib
 import socket
+import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -156,14 +157,46 @@ def latency(
         return Latency(float(p50), float(p99), int(answered), int(lost))
 
 
+class Carried(NamedTuple):
+    """A connection that carries what it can."""
+
+    sender: socket.socket
+    receiver: socket.socket
+    source: subprocess.Popen[str]
+
+    def lost_segments(self) -> int:
+        """Stop sending, and say how many segments never came to the other end, whatever was sent again.
+
+        As both ends have counted them (``struct tcp_info``): those with data that were sent, and that came,
+        twice or not. It is exact between containers; elsewhere a super-packet that comes counts as one.
+        """
+        self.source.kill()
+        self.source.wait()
+        deadline = time.monotonic() + _PATIENCE_S
+        while any(_told(self.sender, place) for place in (_UNACKED, _NOTSENT)):
+            if time.monotonic() > deadline:
+                raise LabError("wait for the last acknowledgement: it does not come")
+            time.sleep(0.01)
+        time.sleep(0.1)  # what was sent twice may be on its way still
+        return _told(self.sender, _DATA_SEGS_OUT) - _told(self.receiver, _DATA_SEGS_IN)
+
+
+#: Places in ``struct tcp_info``: ``tcpi_unacked``, ``_notsent_bytes``, ``_data_segs_in``, ``_data_segs_out``.
+_UNACKED, _NOTSENT, _DATA_SEGS_IN, _DATA_SEGS_OUT = 24, 144, 152, 156
+
+
+def _told(connection: socket.socket, place: int) -> int:
+    told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160)
+    return int(struct.unpack_from("=I", told, place)[0])
+
+
 @contextlib.contextmanager
-def carrying(program: pathlib.Path, path: Path) -> Iterator[None]:
+def carrying(program: pathlib.Path, path: Path) -> Iterator[Carried]:
     """A connection that carries what it can, for the length of a block."""
     with contextlib.ExitStack() as stack:
         sender, receiver = _connect(path, stack)
-        for what, end in (("pull", receiver), ("push", sender)):
-            _start(program, stack, what, end, _LONG_S)
-        yield
+        _start(program, stack, "pull", receiver, _LONG_S)
+        yield Carried(sender, receiver, _start(program, stack, "push", sender, _LONG_S))
 
 
 def _datagram_sockets(path: Path, stack: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:

@@ -461,43 +461,24 @@ def _restart(labs: Mapping[str, Lab], meter: Meter, program: pathlib.Path, round
         path = containers(lab)
         ping, alone = ping_between(lab), ping_between(lab)
         lost = lost_alone = 0
-        with _engine.carrying(program, path):
-            for _ in range(times):
-                before, started = _lost_segments(path), time.monotonic()
+        for _ in range(times):
+            started = time.monotonic()
+            with _engine.carrying(program, path) as carried:
                 with ping.running():
                     time.sleep(BEFORE_S)
                     restart(lab, _launch)
                     time.sleep(AFTER_S)
-                took, between = time.monotonic() - started, _lost_segments(path)
+                took = time.monotonic() - started
+                lost += carried.lost_segments()
+            with _engine.carrying(program, path) as carried:
                 with alone.running():
                     time.sleep(took)
-                lost += between - before
-                lost_alone += _lost_segments(path) - between
+                lost_alone += carried.lost_segments()
         what = f"{name}, pings under load while agents restart"
         yield figure(f"{what}, sent", ping.sent, "", anchor=("left alone", alone.sent))
         yield figure(f"{what}, lost", ping.lost, "", promise, anchor=("left alone", alone.lost))
         what = f"{name}, TCP segments lost {_FAR} while agents restart"
         yield figure(what, lost, "", promise, anchor=("left alone", lost_alone))
-
-
-def _lost_segments(path: Path) -> int:
-    """How many the source has sent again so far, but for those that had arrived.
-
-    The other end says of those a moment later that it had them already (D-SACK, RFC 2883).
-    """
-    return min(_not_known_to_have_arrived(path) for _ in range(20))
-
-
-def _not_known_to_have_arrived(path: Path) -> int:
-    told = "".join(
-        namespaces.inside(path.source.namespace, pathlib.Path(f"/proc/thread-self/net/{name}").read_text)
-        for name in ("snmp", "netstat")
-    )
-    counts: dict[str, int] = {}
-    lines = told.splitlines()
-    for names, values in zip(lines[::2], lines[1::2], strict=True):
-        counts |= dict(zip(names.split()[1:], map(int, values.split()[1:]), strict=True))
-    return counts["RetransSegs"] - counts["TCPDSACKRecvSegs"]
 
 
 _Part = Callable[[Mapping[str, Lab], Meter, pathlib.Path, int], Iterator[Figure]]

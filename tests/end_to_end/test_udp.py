@@ -373,8 +373,8 @@ class Stream:
         for thread in self._threads:
             thread.join()
         with self._stack:
-            # What the other end has got twice it says a moment later.
-            wait_until("the last D-SACK", lambda: self._may_lose or lost_segments(self._sender) == 0)
+            # What was sent twice may be on its way still.
+            wait_until("all that was sent", lambda: self._may_lose or self._lost_segments() == 0)
 
     def _send(self) -> None:
         data = bytes(1 << 20)
@@ -386,15 +386,16 @@ class Stream:
         while part := self._receiver.recv(1 << 20):
             self.received += len(part)
 
+    def _lost_segments(self) -> int:
+        """How many of those that were sent never came, whatever was sent again.
 
-def lost_segments(sender: socket.socket) -> int:
-    """How many were sent again, but for those that the other end had got already (D-SACK, RFC 2883).
-
-    From ``struct tcp_info``: ``tcpi_total_retrans`` and ``tcpi_dsack_dups`` (Linux 5.5).
-    """
-    told = sender.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232)
-    (sent_again,), (arrived_twice,) = (struct.unpack_from("=I", told, place) for place in (100, 216))
-    return max(0, int(sent_again - arrived_twice))
+        As both ends have counted them: ``tcpi_data_segs_out`` and ``tcpi_data_segs_in``.
+        """
+        sent, came = (
+            struct.unpack_from("=I", one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160), place)[0]
+            for one, place in ((self._sender, 156), (self._receiver, 152))
+        )
+        return int(sent - came)
 
 
 def test_killed_under_tcp_for_containers_no_segment_is_lost(make_hosts: MakeHosts) -> None:
