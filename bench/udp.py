@@ -322,8 +322,7 @@ def _datagrams(labs: Mapping[str, Lab], meter: Meter, program: pathlib.Path, rou
         large = functools.partial(_engine.most_datagrams, size=_LARGE_BYTES, row=_LARGE_ROW)
         for what, measured, promises in (
             (f"{one_by_one}, at most", _engine.most_datagrams, both),
-            # Over a virtual wire these pass vxlan's code too, by the detour: nothing is promised for eBPF.
-            (f"{_SMALL}, {rows}, at most", in_rows, {_ENGINE: ">= 4"}),
+            (f"{_SMALL}, {rows}, at most", in_rows, both),
             (f"{_LARGE_BYTES}-byte datagrams, in rows of {_LARGE_ROW}, at most", large, {}),
             # With ends that cost more than the engine, and limit it.
             (f"{one_by_one}, from a UDP socket", _engine.datagrams, {_EBPF: ">= 1"}),
