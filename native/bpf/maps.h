@@ -123,7 +123,7 @@ enum counter {
 	RX_PACKETS,
 	RX_BYTES,
 	TO_ENGINE,    /* a packet for the TUN's reader: no peer known, too big, no way known, not plain */
-	FROM_ENGINE,  /* a datagram for a socket's reader: fragments, options, several packets in one */
+	FROM_ENGINE,  /* a datagram for a socket's reader: fragments, options, several packets, rows */
 	DETOURED,     /* of what came in, sent through the VXLAN device */
 	DROP_TTL,     /* the inner packet has lived long enough */
 	DROP_UNKNOWN, /* the datagram's sender is no peer */

@@ -8,6 +8,7 @@ Ours carry the alias ``loden`` (``IFLA_IFALIAS``), so that a later start finds t
 import errno as errnos
 import struct
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -411,10 +412,7 @@ def refuse_router_advertisements(name: str) -> None:
 
     A kernel without IPv6 has no such file.
     """
-    try:
-        Path(f"/proc/sys/net/ipv6/conf/{name}/accept_ra").write_text("0", encoding="ascii")
-    except OSError:
-        return
+    _set_if_possible(f"ipv6/conf/{name}/accept_ra", "0")
 
 
 def _refuse_broadcasts(name: str) -> None:
@@ -422,8 +420,10 @@ def _refuse_broadcasts(name: str) -> None:
 
     Else who does not know it could still send to the host itself, in broadcast frames.
     """
-    try:
-        path = Path(f"/proc/sys/net/ipv4/conf/{name}/drop_unicast_in_l2_multicast")
-        path.write_text("1", encoding="ascii")
-    except OSError:
-        return
+    _set_if_possible(f"ipv4/conf/{name}/drop_unicast_in_l2_multicast", "1")
+
+
+def _set_if_possible(path: str, value: str) -> None:
+    """Write a setting below ``/proc/sys/net``, which a container may have read-only."""
+    with suppress(OSError):
+        Path("/proc/sys/net", path).write_text(value, encoding="ascii")
