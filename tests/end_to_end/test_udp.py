@@ -293,11 +293,14 @@ def ebpf(host: Host) -> dict[str, int]:
 
 
 def require_detour(hosts: Hosts) -> None:
-    """A row arrives at the second host's container by the detour."""
-    before = ebpf(hosts[1])
-    with datagram_sockets(hosts[0].container(), hosts[1].container()) as (near, far):
+    """A row, and TCP, arrive at the second host's container by the detour."""
+    source, target = hosts[0].container(), hosts[1].container()
+    before = ebpf(hosts[1])["detoured"]
+    with datagram_sockets(source, target) as (near, far):
         require_row_arrives(near, far)
-    assert ebpf(hosts[1])["detoured"] == before["detoured"] + 1
+    assert ebpf(hosts[1])["detoured"] == before + 1
+    require_bytes_arrive(source, target)
+    assert ebpf(hosts[1])["detoured"] > before + 1
 
 
 def have_all_programs(host: Host) -> bool:
@@ -386,6 +389,11 @@ class Stream:
         while part := self._receiver.recv(1 << 20):
             self.received += len(part)
 
+    def wait_for(self, count: int) -> None:
+        """Until so many bytes more have arrived."""
+        reached = self.received
+        wait_until("TCP", lambda: self.received > reached + count)
+
     def _lost_segments(self) -> int:
         """How many of those that were sent never came, whatever was sent again.
 
@@ -402,18 +410,13 @@ def test_killed_under_tcp_for_containers_no_segment_is_lost(make_hosts: MakeHost
     hosts = make_hosts()
     agents = start_all(hosts, network("ebpf"))
     with Stream(hosts[0].container(), hosts[1].container()) as stream:
-
-        def wait_for_more() -> None:
-            reached = stream.received
-            wait_until("TCP", lambda: stream.received > reached + 200_000_000)
-
-        wait_for_more()
+        stream.wait_for(200_000_000)
         for agent in agents:
             agent.kill()
-        wait_for_more()
+        stream.wait_for(200_000_000)
         for agent in [host.start() for host in hosts]:
             agent.wait_ready()
-        wait_for_more()
+        stream.wait_for(200_000_000)
 
 
 def test_stopped_agent_stops_nothing(make_hosts: MakeHosts) -> None:
@@ -436,12 +439,7 @@ def test_nat_on_a_host_leaves_the_detour_alone(make_hosts: MakeHosts) -> None:
     """Where there is any chain of NAT the kernel looks at each packet's socket again, in INPUT."""
     hosts = make_hosts()
     start_all(hosts, network("ebpf"), "--ip-masq")
-    source, target = (host.container() for host in hosts)
-    before = ebpf(hosts[1])
-    require_bytes_arrive(source, target)
-    with datagram_sockets(source, target) as (near, far):
-        require_row_arrives(near, far)
-    assert ebpf(hosts[1])["detoured"] > before["detoured"] + 1
+    require_detour(hosts)
     engine = status(hosts[1])["engine"]
     assert isinstance(engine, dict)
     assert (engine["udp_packets"], engine["version"]) == (0, 0)
@@ -453,12 +451,7 @@ def test_filters_of_others_behind_ours_see_nothing_of_the_detour(make_hosts: Mak
     command = ["tc", "filter", "add", "dev", "eth0", "ingress", "protocol", "ip", "pref", "100"]
     drop_all = [*command, "bpf", "da", "bytecode", "1,6 0 0 2,"]
     hosts[1].inside(lambda: subprocess.run(drop_all, check=True))
-    source, target = (host.container() for host in hosts)
-    before = ebpf(hosts[1])
-    require_bytes_arrive(source, target)
-    with datagram_sockets(source, target) as (near, far):
-        require_row_arrives(near, far)
-    assert ebpf(hosts[1])["detoured"] > before["detoured"] + 1
+    require_detour(hosts)
 
 
 def test_port_of_the_detour_in_use_costs_the_detour_alone(make_hosts: MakeHosts) -> None:
@@ -519,14 +512,9 @@ def test_device_of_the_detour_deleted_under_load_comes_back(make_hosts: MakeHost
     hosts = make_hosts()
     start_all(hosts, network("ebpf"))
     with Stream(hosts[0].container(), hosts[1].container(), may_lose=True) as stream:
-
-        def wait_for_more() -> None:
-            reached = stream.received
-            wait_until("TCP", lambda: stream.received > reached + 50_000_000)
-
         for _ in range(3):
             hosts[1].ip("link delete flannel0.in")
-            wait_for_more()
+            stream.wait_for(50_000_000)
             wait_until("the detour", lambda: have_all_programs(hosts[1]))
     require_detour(hosts)
 
