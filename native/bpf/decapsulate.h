@@ -99,7 +99,8 @@ static inline int decapsulate4(struct __sk_buff *skb)
 	}
 	if (inner->ttl <= 1)
 		return drop(DROP_TTL);
-	is_detoured = needs_detour(skb, inner->protocol, is_own4(inner->daddr)) && may_detour4(skb, outer);
+	is_detoured = needs_detour(skb, inner->protocol, is_own4(inner->daddr), ETH_HLEN + headers + sizeof(*inner)) &&
+		      may_detour4(skb, outer);
 	/* Without a detour TCP goes on here and is cut where it has to be; of datagrams the socket gets each by itself. */
 	if (skb->gso_size && inner->protocol != IPPROTO_TCP && !is_detoured)
 		return pass(FROM_ENGINE);
@@ -155,7 +156,8 @@ static inline int decapsulate6(struct __sk_buff *skb)
 	}
 	if (inner->hop_limit <= 1)
 		return drop(DROP_TTL);
-	is_detoured = needs_detour(skb, inner->nexthdr, is_own6(inner->daddr.in6_u.u6_addr32)) &&
+	is_detoured = needs_detour(skb, inner->nexthdr, is_own6(inner->daddr.in6_u.u6_addr32),
+				   ETH_HLEN + headers + sizeof(*inner)) &&
 		      may_detour6(skb, outer);
 	if (skb->gso_size && inner->nexthdr != IPPROTO_TCP && !is_detoured)
 		return pass(FROM_ENGINE);

@@ -1,16 +1,19 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Super-packets that come over a virtual wire have never been cut, and keep the kernel's marks of a tunnel
- * (skb->encapsulation, SKB_GSO_UDP_TUNNEL) when a program takes their outer headers off: up to Linux 6.18 only the kernel's
- * own tunnels clear them. Until then every bridge cuts TCP's, because none has offloads for tunnels, and datagrams in a row
- * (UDP_SEGMENT) are cut in the wrong place. (For later ones BPF_F_ADJ_ROOM_DECAP_L4_UDP is under way.)
+ * Some packets go through a VXLAN device of this host before the TUN device gets them, because the kernel does for its own
+ * tunnels what it does for no program:
  *
- * So they go through a VXLAN device of this host: its headers are put in front of the inner packet, and its socket is given
- * the datagram (bpf_sk_assign), whatever port that names. Behind the device the inner packet goes the way of all others.
+ * - TCP that a network card cut comes in segments, and behind a tunnel the kernel merges them again (GRO). Routing, bridges
+ *   and wires then carry one super-packet. It merges nothing that a program redirects.
+ * - What comes over a virtual wire has never been cut, and keeps the marks of a tunnel (skb->encapsulation,
+ *   SKB_GSO_UDP_TUNNEL) when a program takes its outer headers off: up to Linux 6.18 only the kernel's own tunnels clear
+ *   them. Until then every bridge cuts TCP's super-packets, because none has offloads for tunnels, and datagrams in a row
+ *   (UDP_SEGMENT) are cut in the wrong place. (For later ones BPF_F_ADJ_ROOM_DECAP_L4_UDP is under way.)
  *
- *	loden_decap --> INPUT --> socket of the VXLAN device --> its ingress: loden_detour --> TUN
+ * VXLAN's headers are put in front of the inner packet, and the device's socket is given the datagram (bpf_sk_assign),
+ * whatever port that names. Behind the device the inner packet goes the way of all others.
  *
- * Packets of the same flow that come by themselves take the short way, and may overtake those.
+ *	loden_decap --> INPUT --> socket of the VXLAN device --> GRO --> its ingress: loden_detour --> TUN
  */
 #pragma once
 
@@ -32,14 +35,34 @@ struct detour {
 	struct ethhdr ethernet;
 } __attribute__((packed));
 
+#define TCP_OFFSET 12 /* the header's length in words, in four bits, and behind it the flags (RFC 9293 section 3.1) */
+#define TCP_HEADER_MOST 60
+#define TCP_FIN_SYN_RST 0x07
+
 #define DETOUR_BYTES ((__s32)(sizeof(struct detour) - sizeof(struct udphdr))) /* more than before */
 
 _Static_assert(sizeof(struct detour) == 30, "as on the wire");
 
-/* Whether a packet is to go through the VXLAN device. Nothing cuts TCP for this host itself. */
-static inline bool needs_detour(const struct __sk_buff *skb, __u8 protocol, bool is_own)
+/* Whether a TCP header, at a place of the frame, says no more than what has come: that may overtake what does. */
+static inline bool is_bare_ack(struct __sk_buff *skb, __u32 at)
 {
-	return skb->gso_size && !(protocol == IPPROTO_TCP && is_own);
+	struct {
+		__u8 offset, flags;
+	} told;
+
+	return skb->len <= at + TCP_HEADER_MOST && !bpf_skb_load_bytes(skb, at + TCP_OFFSET, &told, sizeof(told)) &&
+	       skb->len == at + (told.offset >> 4) * 4 && !(told.flags & TCP_FIN_SYN_RST);
+}
+
+/*
+ * Whether a packet is to go through the device. Of TCP all does, that none overtakes another of its connection, but not
+ * what is for this host itself: that ends here, and one connection is faster without.
+ */
+static inline bool needs_detour(struct __sk_buff *skb, __u8 protocol, bool is_own, __u32 at)
+{
+	if (!settings.detour_port)
+		return false;
+	return protocol == IPPROTO_TCP ? !is_own && !is_bare_ack(skb, at) : skb->gso_size;
 }
 
 /* Whether the socket of the VXLAN device gets the packet; there may be none, and the packet may be too long. */
@@ -48,7 +71,7 @@ static inline bool give_to(struct __sk_buff *skb, struct bpf_sock_tuple *to, __u
 	struct bpf_sock *socket;
 	bool is_given;
 
-	if (!settings.detour_port || skb->len - ETH_HLEN + DETOUR_BYTES > MOST_LENGTH)
+	if (skb->len - ETH_HLEN + DETOUR_BYTES > MOST_LENGTH)
 		return false;
 	socket = bpf_sk_lookup_udp(skb, to, size, BPF_F_CURRENT_NETNS, 0);
 	if (!socket)
@@ -72,9 +95,11 @@ static inline int detour(struct __sk_buff *skb, __u32 ip, __u16 protocol, __u32 
 		},
 		.flags = bpf_htonl(VNI_IS_VALID),
 		.vni = settings.detour_vni,
-		/* A source, because of f58f45c1e5b9 ("vxlan: drop packets from invalid src-address", v6.9). */
-		.ethernet = { .h_source = { 2 }, .h_proto = bpf_htons(protocol) },
+		.ethernet = { .h_proto = bpf_htons(protocol) },
 	};
+
+	for (int i = 0; i < ETH_ALEN; i++) /* no memcpy(): settings are volatile */
+		headers.ethernet.h_source[i] = settings.detour_source[i];
 
 	skb->priority = DETOUR_MARK;
 	if (bpf_skb_adjust_room(skb, DETOUR_BYTES, BPF_ADJ_ROOM_NET, BPF_F_ADJ_ROOM_FIXED_GSO) ||

@@ -38,7 +38,7 @@ const volatile struct {
 	__be32 inside6[4];
 	__be32 detour_vni;  /* of the VXLAN device that super-packets go through, as its header has it */
 	__be16 detour_port; /* the device's UDP port; 0: there is none */
-	__u16 pad2;
+	__u8 detour_source[6]; /* of our frames to it: GRO merges no others with them, which nobody has checked */
 } settings SEC(".rodata.settings") = {};
 
 /*

@@ -343,6 +343,26 @@ def test_tcp_for_containers_is_handed_on_as_it_came(make_hosts: MakeHosts) -> No
     assert now["detoured"] - before["detoured"] >= now["rx_packets"] - before["rx_packets"] - alone
 
 
+def test_tcp_for_containers_that_a_card_has_cut_is_merged_again(make_hosts: MakeHosts) -> None:
+    hosts = make_hosts()
+    start_all(hosts, network("ebpf"))
+    cut = ["ethtool", "-K", "eth0", "tso", "off", "gso", "off", "tx-udp-segmentation", "off"]
+    hosts[0].inside(lambda: subprocess.run(cut, check=True))
+    source, target = (host.container() for host in hosts)
+    arrived, before = packets_in(target), ebpf(hosts[1])["rx_packets"]
+    require_bytes_arrive(source, target)
+    cut_in = ebpf(hosts[1])["rx_packets"] - before
+    assert cut_in > 3_000_000 // 1420
+    assert packets_in(target) - arrived < cut_in / 2
+
+
+def packets_in(end: probe.End) -> int:
+    """How many packets a container's interfaces have got."""
+    line = ["ip", "-netns", end.namespace, "-json", "-stats", "link"]
+    links = json.loads(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
+    return sum(link["stats64"]["rx"]["packets"] for link in links if link["ifname"] != "lo")
+
+
 class Stream:
     """TCP from one container to another for the length of a block, as fast as it goes. Nothing is lost.
 

@@ -26,7 +26,7 @@ from loden.tables.entries import UdpPeer
 from loden.tables.netlink import Netlink
 from loden.tables.tun import open_queue
 from loden.tables.udp_bpf import DECAPSULATE, DETOUR, ENCAPSULATE, FastPath, Settings
-from loden.tables.udp_detour import detour_link
+from loden.tables.udp_detour import detour_link, new_source
 from loden.tables.udp_sockets import open_bound
 from tests.kernel.datagrams import WIRES, Wire, ethernet, udp
 from tests.kernel.kernel import command, ip, link_json, require_bpf, run
@@ -39,6 +39,8 @@ _NEEDS_CSUM, _TCPV4, _TCPV6, _UDP_L4 = 1, 1, 4, 5
 _PACKET_OUTGOING = 4
 _SOL_PACKET, _PACKET_AUXDATA, _PACKET_VNET_HDR = 263, 8, 15
 _TP_STATUS_CSUMNOTREADY = 8
+_FIN, _SYN, _RST, _PSH, _ACK = 1, 2, 4, 8, 16
+_STAMPS = bytes((1, 1, 8, 10)) + bytes(8)
 _DETOUR, _DETOUR_BYTES = 0x4C4F444E, 22  # native/bpf/detour.h: the mark, and what its headers take
 MTU = 65535
 
@@ -57,6 +59,7 @@ class PathOnDevices:
         self.far_mac = bytes.fromhex(link_json("wire")["address"].replace(":", ""))
         self.link = detour_link("tun0", "eth0", parse_address(wire.own))
         assert run(Devices(self.requests).put([self.link])) == {}
+        self.source = new_source()
         self.path = FastPath(
             Settings(
                 parse_address(wire.own),
@@ -66,6 +69,7 @@ class PathOnDevices:
                 allow_unknown,
                 detour_port=self.link.port,
                 detour_vni=self.link.vni,
+                detour_source=self.source,
             )
         )
         for subnet, (remote, port) in wire.peers.items():
@@ -151,9 +155,18 @@ class PathOnDevices:
                 return packet
         raise AssertionError("nothing arrives at the TUN's reader")
 
-    def tcp(self, payload: bytes, *, target: str = "", number: int = 0, **changed: int) -> bytes:
+    def tcp(
+        self,
+        payload: bytes,
+        *,
+        header: bytes | None = None,
+        target: str = "",
+        number: int = 0,
+        **changed: int,
+    ) -> bytes:
         """A TCP packet of a peer's container."""
-        target, inner = target or self.wire.own_container, tcp_header() + payload
+        inner = (tcp_header() if header is None else header) + payload
+        target = target or self.wire.own_container
         return self.wire.packet(self.peer(number)[0], target, inner, protocol=socket.IPPROTO_TCP, **changed)
 
     def row(self, payload: bytes, *, number: int = 0, **changed: int) -> bytes:
@@ -215,6 +228,11 @@ class PathOnDevices:
         while (after := self.path.counters()) == before:
             assert time.monotonic() < deadline, "nothing arrives"
         counts.update({name: after[name] - before[name] for name in after if after[name] != before[name]})
+
+    def addressed(self, packet: bytes, *, check: int = 0) -> bytes:
+        """The frame that brings a peer's packet; the stack would drop one with another host's address."""
+        _, remote, port = self.peer()
+        return self.mac + self.wire.datagram(packet, source=remote, port=port, check=check)[6:]
 
     def arrive(self, frame: bytes) -> dict[str, int]:
         """Come in from the wire, a marker behind it; the counters that the frame alone moved."""
@@ -382,9 +400,10 @@ class TestOut:
         assert question[6:12] == path.mac
 
 
-def tcp_header() -> bytes:
-    """Of a segment with data; the checksum is the card's."""
-    return struct.pack("!HHIIBBHHH", 40000, 80, 1, 1, 5 << 4, 0x10, 1000, 0, 0)
+def tcp_header(flags: int = 0x10, options: bytes = b"") -> bytes:
+    """The checksum is the card's."""
+    offset = (20 + len(options)) << 2
+    return struct.pack("!HHIIBBHHH", 40000, 80, 1, 1, offset, flags, 1000, 0, 0) + options
 
 
 def asks_for(frame: bytes, address: str) -> bool:
@@ -436,6 +455,61 @@ class TestIn:
         assert start == len(path.packet(b""))
         (traffic,) = [one.traffic for one in path.path.peers() if one.traffic.rx_packets]
         assert (traffic.rx_packets, traffic.rx_bytes) == (1, len(packet))
+
+    @pytest.mark.parametrize(
+        ("flags", "options", "data", "is_detoured"),
+        [
+            (_ACK, b"", b"d", True),
+            (_ACK, _STAMPS, bytes(1000), True),
+            (_ACK | _FIN, b"", b"", True),
+            (_ACK | _SYN, _STAMPS, b"", True),
+            (_RST, b"", b"", True),
+            (_ACK, b"", b"", False),
+            (_ACK | _PSH, _STAMPS, b"", False),
+            (_ACK, b"\1" * 40, b"", False),
+        ],
+    )
+    def test_tcp_takes_the_detour_save_bare_acknowledgements(
+        self, path: PathOnDevices, flags: int, options: bytes, data: bytes, is_detoured: bool
+    ) -> None:
+        packet = path.tcp(data, header=tcp_header(flags, options))
+        counted = path.arrive(path.addressed(packet))
+        assert counted == {"rx_packets": 1, "rx_bytes": len(packet)} | (
+            {"detoured": 1} if is_detoured else {}
+        )
+        assert path.came == [path.wire.older(packet)]
+
+    def test_tcp_whose_header_lies_takes_some_way(self, path: PathOnDevices) -> None:
+        """It is for the receiver to judge, cut short, or with a header shorter or longer than there is."""
+        header = tcp_header()
+        for inner in (
+            *(header[:length] for length in range(20)),
+            *(header[:12] + bytes([words << 4]) + header[13:] for words in range(16)),
+        ):
+            packet = path.tcp(b"", header=inner)
+            path.arrive(path.addressed(packet))
+            assert path.came == [path.wire.older(packet)]
+
+    def test_tcp_with_an_outer_checksum_goes_the_short_way(self, path: PathOnDevices) -> None:
+        packet = path.tcp(bytes(100))
+        counted = path.arrive(path.addressed(packet, check=0x1234))
+        assert counted == {"rx_packets": 1, "rx_bytes": len(packet)}
+        assert path.came == [path.wire.older(packet)]
+
+    def test_segments_that_a_card_has_cut_are_merged(self, path: PathOnDevices) -> None:
+        """As they would be behind a tunnel of the kernel's; what is for the host itself comes as it is."""
+        command("ethtool -K wire tso off gso off")
+        target = format_address(path.wire.inside)
+        for whom, is_merged in (("", True), (target, False)):
+            packet = path.tcp(bytes(range(250)) * 80, target=whom)
+            path.arrive_whole(packet, size=1000)
+            start, count, came = len(path.tcp(b"")), 0, b""
+            for one in frames(path.near):
+                count, came = count + 1, came + one[start:]
+                if len(came) >= 20_000:
+                    break
+            assert came == bytes(range(250)) * 80
+            assert (count < 20) is is_merged
 
     @pytest.mark.parametrize("kind", ["row", "tcp"])
     def test_super_packet_that_may_not_come_in_is_dropped(self, path: PathOnDevices, kind: str) -> None:
@@ -496,6 +570,14 @@ class TestIn:
                 assert len(next(frames(path.near))) == len(packet)
         finally:
             command("nft delete table inet strict")
+
+    def test_frames_to_the_detour_have_a_source_that_nobody_can_guess(self, path: PathOnDevices) -> None:
+        """GRO would merge others with them, in front of the program that tells them apart."""
+        with listen(path.link.name) as behind:
+            path.arrive(path.addressed(path.tcp(b"data")))
+            assert next(frames(behind))[6:12] == path.source
+        assert new_source() != new_source()
+        assert path.source[0] & 3 == 2  # local, and one device's
 
     def test_tcp_for_the_host_itself_goes_the_short_way(self, path: PathOnDevices) -> None:
         for host in range(3):

@@ -4,7 +4,8 @@
 ::
 
     struct settings { u8 own4[4], own6[16]; be16 port; u8 allow_unknown, pad; u32 tun;
-                      u8 inside4[4], inside6[16]; u8 detour_vni[4]; be16 detour_port; u16 pad; };
+                      u8 inside4[4], inside6[16], detour_vni[4]; be16 detour_port;
+                      u8 detour_source[6]; };
     struct subnet4  { u32 length; u8 address[4]; };
     struct peer4    { u8 remote[4]; be16 port; u16 mtu; u32 device; u8 length, is_near, pad[50];
                       u64 tx_packets, tx_bytes; u8 pad2[48]; u64 rx_packets, rx_bytes; };
@@ -32,11 +33,12 @@ ENCAPSULATE, DECAPSULATE, DETOUR = f"{tc.PREFIX}encap", f"{tc.PREFIX}decap", f"{
 
 #: ``enum counter`` in native/bpf/maps.h, in its order; the reasons for drops have the engine's names.
 COUNTERS = (
-    *("tx_packets", "tx_bytes", "rx_packets", "rx_bytes", "to_engine", "from_engine", "detoured"),
+    *("tx_packets", "tx_bytes", "rx_packets", "rx_bytes"),
+    *("to_engine", "from_engine", "detoured"),
     *("ttl", "unknown_peer", "spoofed", "truncated", "version", "length", "checksum", "failed"),
 )
 
-_SETTINGS = struct.Struct("=4s16s2sBxI4s16s4s2s2x")
+_SETTINGS = struct.Struct("=4s16s2sBxI4s16s4s2s6s")
 _SUBNET = {Family.IPV4: struct.Struct("=I4s"), Family.IPV6: struct.Struct("=I16s")}
 _PEER = {
     Family.IPV4: struct.Struct("=4s2sHI2B50x2Q48x2Q"),
@@ -56,7 +58,9 @@ class Settings(msgspec.Struct, frozen=True):
         inside: this host's address in the container network, packed; the one behind it is taken for that of
             the containers' bridge.
         allow_unknown: take in datagrams of whoever sends them.
-        detour_port, detour_vni: of the VXLAN device that super-packets go through; port 0: there is none.
+        detour_port, detour_vni: of the VXLAN device that some packets go through; port 0: there is none.
+        detour_source: the Ethernet source of what goes there, which nobody else may know; one device's, as
+            the kernel drops others since Linux 6.9 (f58f45c1e5b9).
     """
 
     local: bytes
@@ -66,6 +70,7 @@ class Settings(msgspec.Struct, frozen=True):
     allow_unknown: bool = False
     detour_port: int = 0
     detour_vni: int = 0
+    detour_source: bytes = bytes(6)
 
     def pack(self) -> bytes:
         is_ipv4 = Family.of(self.local) is Family.IPV4
@@ -79,6 +84,7 @@ class Settings(msgspec.Struct, frozen=True):
             b"" if is_ipv4 else self.inside,
             (self.detour_vni << 8).to_bytes(4, "big"),
             self.detour_port.to_bytes(2, "big"),
+            self.detour_source,
         )
 
 

@@ -23,7 +23,7 @@ from loden.tables.base import Failures
 from loden.tables.devices import Devices
 from loden.tables.entries import UdpPeer, UdpTunnel
 from loden.tables.tun import open_queue
-from loden.tables.udp_detour import Detour, find_detour
+from loden.tables.udp_detour import Detour, find_detour, new_source
 from loden.tables.udp_sockets import merge, open_bound
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ class Carrier:
 
     @property
     def _no_detour(self) -> str:
-        """Why super-packets of virtual wires have no detour; empty where they have, or need none."""
+        """Why packets do without the detour; empty where they need not."""
         if self.fast is None or self.detour is not None:
             return ""
         return self.entry.detour_reason or f"no device {self.entry.detour} of ours is up"
@@ -294,6 +294,7 @@ def _load_programs(carrier: Carrier, devices: Devices) -> None:
             allow_unknown=entry.allow_unknown,
             detour_port=detour.port,
             detour_vni=detour.vni,
+            detour_source=new_source(),
         )
         carrier.fast = FastPath(settings)
     except KernelError as error:

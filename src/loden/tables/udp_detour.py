@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The VXLAN device that super-packets of ``udp`` go through inside this host (``native/bpf/detour.h``).
+"""The VXLAN device that TCP and super-packets of ``udp`` go through inside a host (``native/bpf/detour.h``).
 
-What comes over a virtual wire was never cut, and keeps the kernel's mark of a tunnel when a program takes its
-outer headers off: bridges cut it then. Up to Linux 6.18 only the kernel's own tunnels clear the mark. No
-packet leaves this device, and whatever else finds its port is dropped behind it.
+Behind a tunnel of its own the kernel merges TCP's segments again, and of what was never cut, because it came
+over a virtual wire, it clears a tunnel's marks; of what a program redirects it does neither. No packet leaves
+this device, and whatever else finds its port is dropped behind it.
 """
+
+import secrets
 
 import msgspec
 
@@ -18,6 +20,9 @@ _VNI = 0x4C4F44
 _MTU = 68
 #: Nobody's in IANA's list, and one that root alone binds: nobody else gets packets while the device is down.
 _PORT = 285
+
+
+_LOCAL = b"\x02"  # the first byte of an Ethernet address that no manufacturer has given
 
 
 class Detour(msgspec.Struct, frozen=True):
@@ -46,6 +51,15 @@ def detour_link(device: str, underlay: str, local: bytes) -> VxlanLink:
         port=_PORT,
         zero_checksum=Family.of(local) is Family.IPV6,
     )
+
+
+def new_source() -> bytes:
+    """An Ethernet address for what the programs send to the device.
+
+    GRO merges frames with the same addresses, in front of the program that asks each where it comes from:
+    with one that can be guessed, a stranger's segment might get past it as a part of a peer's.
+    """
+    return _LOCAL + secrets.token_bytes(5)
 
 
 def find_detour(devices: Devices, name: str) -> Detour | None:
