@@ -129,7 +129,7 @@ def _tcp(labs: Mapping[str, Lab], meter: Meter, program: pathlib.Path, rounds: i
         beside = (_BARE, median(meter.busy_s_per_gb[_BARE]))
         spent = median(meter.busy_s_per_gb[name])
         yield figure(f"processor time for TCP, {name}", spent, "s/GB", anchor=beside)
-    yield from _container_figures(labs, meter, rounds, ">= vxlan")
+    yield from _container_figures(labs, meter, rounds, promise=">= vxlan")
     with _without_offloads(labs.values()):
         for streams in (1, 4):
             promises = {**_PROMISES, _EBPF: ">= 0.88"}
@@ -191,7 +191,7 @@ def _error(values: Sequence[float]) -> float:
 
 
 def _container_figures(
-    labs: Mapping[str, Lab], meter: Meter, rounds: int, promise: str = "", *, suffix: str = ""
+    labs: Mapping[str, Lab], meter: Meter, rounds: int, *, promise: str = "", suffix: str = ""
 ) -> Iterator[Figure]:
     """With the containers on a bridge, and each on a wire of its own."""
     bridged = {name: containers(labs[name]) for name in (_EBPF, _VXLAN)}

@@ -46,6 +46,15 @@ static inline int deliver(struct __sk_buff *skb, __u32 headers, __u32 length, bo
 	return bpf_redirect(settings.tun, BPF_F_INGRESS);
 }
 
+/* Whether what goes through the VXLAN device comes out; of strangers nobody keeps book. */
+static inline bool is_open(const struct passage *passage)
+{
+	if (!passage || may_pass(passage))
+		return true;
+	count(UNDETOURED, 1);
+	return false;
+}
+
 static inline int decapsulate4(struct __sk_buff *skb)
 {
 	const __u32 headers = sizeof(struct headers4);
@@ -53,7 +62,7 @@ static inline int decapsulate4(struct __sk_buff *skb)
 	struct iphdr *inner;
 	struct subnet4 from = { .length = 32 };
 	struct peer4 *peer;
-	bool has_sum, is_detoured;
+	bool has_sum, is_needed, is_detoured;
 	__u32 length;
 
 	/* Up to the end of the inner header, where the packet has so much: some drivers leave it in fragments. */
@@ -99,14 +108,17 @@ static inline int decapsulate4(struct __sk_buff *skb)
 	}
 	if (inner->ttl <= 1)
 		return drop(DROP_TTL);
-	is_detoured = needs_detour(skb, inner->protocol, is_own4(inner->daddr), ETH_HLEN + headers + sizeof(*inner)) &&
-		      may_detour4(skb, outer);
+	is_needed = !has_sum &&
+		    needs_detour(skb, inner->protocol, is_own4(inner->daddr), ETH_HLEN + headers + sizeof(*inner));
+	is_detoured = is_needed && is_open(peer ? &peer->passage : NULL) && may_detour4(skb, outer);
 	/* Without a detour TCP goes on here and is cut where it has to be; of datagrams the socket gets each by itself. */
 	if (skb->gso_size && inner->protocol != IPPROTO_TCP && !is_detoured)
 		return pass(FROM_ENGINE);
 	age4(inner);
 	if (peer)
 		note(peer, rx, length);
+	if (peer && is_detoured)
+		has_gone_in(&peer->passage);
 	return is_detoured ? detour4(skb, outer, length) : deliver(skb, headers, length, has_sum);
 }
 
@@ -117,7 +129,7 @@ static inline int decapsulate6(struct __sk_buff *skb)
 	struct ipv6hdr *inner;
 	struct subnet6 from = { .length = 128 };
 	struct peer6 *peer;
-	bool has_sum, is_detoured;
+	bool has_sum, is_needed, is_detoured;
 	__u32 length;
 
 	if (skb->data_end - skb->data < ETH_HLEN + headers + sizeof(*inner) &&
@@ -156,9 +168,9 @@ static inline int decapsulate6(struct __sk_buff *skb)
 	}
 	if (inner->hop_limit <= 1)
 		return drop(DROP_TTL);
-	is_detoured = needs_detour(skb, inner->nexthdr, is_own6(inner->daddr.in6_u.u6_addr32),
-				   ETH_HLEN + headers + sizeof(*inner)) &&
-		      may_detour6(skb, outer);
+	is_needed = !has_sum && needs_detour(skb, inner->nexthdr, is_own6(inner->daddr.in6_u.u6_addr32),
+					     ETH_HLEN + headers + sizeof(*inner));
+	is_detoured = is_needed && is_open(peer ? &peer->passage : NULL) && may_detour6(skb, outer);
 	if (skb->gso_size && inner->nexthdr != IPPROTO_TCP && !is_detoured)
 		return pass(FROM_ENGINE);
 	inner->hop_limit--;
@@ -166,6 +178,8 @@ static inline int decapsulate6(struct __sk_buff *skb)
 	bpf_csum_update(skb, 0xffff - bpf_htons(1));
 	if (peer)
 		note(peer, rx, length);
+	if (peer && is_detoured)
+		has_gone_in(&peer->passage);
 	return is_detoured ? detour6(skb, outer, length) : deliver(skb, headers, length, has_sum);
 }
 

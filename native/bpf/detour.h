@@ -17,6 +17,8 @@
  */
 #pragma once
 
+#include <linux/tcp.h>
+
 #include "maps.h"
 
 /*
@@ -35,28 +37,28 @@ struct detour {
 	struct ethhdr ethernet;
 } __attribute__((packed));
 
-#define TCP_OFFSET 12 /* the header's length in words, in four bits, and behind it the flags (RFC 9293 section 3.1) */
-#define TCP_HEADER_MOST 60
-#define TCP_FIN_SYN_RST 0x07
+#define MOST_TCP_HEADER 60
 
 #define DETOUR_BYTES ((__s32)(sizeof(struct detour) - sizeof(struct udphdr))) /* more than before */
 
 _Static_assert(sizeof(struct detour) == 30, "as on the wire");
 
-/* Whether a TCP header, at a place of the frame, says no more than what has come: that may overtake what does. */
+/*
+ * Whether a TCP header, at a place of the frame, says no more than what has come: that may overtake what does. (In a fragment
+ * other bytes are taken for it: its order says nothing.)
+ */
 static inline bool is_bare_ack(struct __sk_buff *skb, __u32 at)
 {
-	struct {
-		__u8 offset, flags;
-	} told;
+	struct tcphdr tcp;
 
-	return skb->len <= at + TCP_HEADER_MOST && !bpf_skb_load_bytes(skb, at + TCP_OFFSET, &told, sizeof(told)) &&
-	       skb->len == at + (told.offset >> 4) * 4 && !(told.flags & TCP_FIN_SYN_RST);
+	if (skb->len > at + MOST_TCP_HEADER || bpf_skb_load_bytes(skb, at, &tcp, sizeof(tcp)))
+		return false;
+	return skb->len == at + tcp.doff * 4 && !(tcp.fin || tcp.syn || tcp.rst);
 }
 
 /*
- * Whether a packet is to go through the device. Of TCP all does, that none overtakes another of its connection, but not
- * what is for this host itself: that ends here, and one connection is faster without.
+ * Whether a packet is to go through the VXLAN device. Of TCP all does, that none overtakes another of its connection, but
+ * not what is for this host itself: that ends here, and one connection is faster without.
  */
 static inline bool needs_detour(struct __sk_buff *skb, __u8 protocol, bool is_own, __u32 at)
 {
@@ -124,7 +126,7 @@ static inline bool may_detour4(struct __sk_buff *skb, const struct headers4 *out
 		.dport = settings.detour_port,
 	} };
 
-	return !outer->udp.check && give_to(skb, &to, sizeof(to.ipv4));
+	return give_to(skb, &to, sizeof(to.ipv4));
 }
 
 static inline bool may_detour6(struct __sk_buff *skb, const struct headers6 *outer)
@@ -136,7 +138,7 @@ static inline bool may_detour6(struct __sk_buff *skb, const struct headers6 *out
 
 	copy6(to.ipv6.saddr, outer->ip.saddr.in6_u.u6_addr32);
 	copy6(to.ipv6.daddr, outer->ip.daddr.in6_u.u6_addr32);
-	return !outer->udp.check && give_to(skb, &to, sizeof(to.ipv6));
+	return give_to(skb, &to, sizeof(to.ipv6));
 }
 
 static inline int detour4(struct __sk_buff *skb, struct headers4 *outer, __u32 length)
@@ -154,11 +156,36 @@ static inline int detour6(struct __sk_buff *skb, struct headers6 *outer, __u32 l
 	return detour(skb, sizeof(outer->ip), ETH_P_IPV6, length);
 }
 
+/* Whose packet has come out: its peer, if it has one. */
+static inline struct passage *find_passage(struct __sk_buff *skb)
+{
+	struct subnet4 from4 = { .length = 32 };
+	struct subnet6 from6 = { .length = 128 };
+	struct peer4 *peer4;
+	struct peer6 *peer6;
+
+	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+		if (bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct iphdr, saddr), &from4.address, sizeof(from4.address)))
+			return NULL;
+		peer4 = bpf_map_lookup_elem(&peers4, &from4);
+		return peer4 ? &peer4->passage : NULL;
+	}
+	if (bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct ipv6hdr, saddr), from6.address, sizeof(from6.address)))
+		return NULL;
+	peer6 = bpf_map_lookup_elem(&peers6, &from6);
+	return peer6 ? &peer6->passage : NULL;
+}
+
 /* At the VXLAN device's ingress: what has come this way is where it would have been without; strangers are not let in. */
 SEC("tc")
 int loden_detour(struct __sk_buff *skb)
 {
+	struct passage *passage;
+
 	if (skb->priority != DETOUR_MARK)
 		return drop(DROP_UNKNOWN);
+	passage = find_passage(skb);
+	if (passage)
+		has_come_out(passage);
 	return bpf_redirect(settings.tun, BPF_F_INGRESS); /* which clears the mark */
 }

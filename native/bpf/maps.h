@@ -13,6 +13,8 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
+#include "passage.h"
+
 #define MOST_PEERS 131072
 #define MOST_LENGTH 65535 /* of an IP packet, and so of an outer one */
 #define MOST_WHOLE 15360 /* of a packet that is none of several: the kernel adds room to four pages of memory at most */
@@ -20,8 +22,6 @@
 #define AF_INET6 10
 #define IP_DF 0x4000
 #define IP_FRAGMENT 0x3fff /* "more fragments", and the offset */
-
-#define inline __always_inline
 
 /*
  * Settings, written once before the programs are loaded. Addresses and the port are in network byte order. They have a
@@ -36,9 +36,9 @@ const volatile struct {
 	__u32 tun;      /* index of the TUN device */
 	__be32 inside4; /* this host's address in the tunnel; the next one is that of its containers' bridge */
 	__be32 inside6[4];
-	__be32 detour_vni;  /* of the VXLAN device that super-packets go through, as its header has it */
+	__be32 detour_vni;  /* of the VXLAN device of detour.h, as its header has it */
 	__be16 detour_port; /* the device's UDP port; 0: there is none */
-	__u8 detour_source[6]; /* of our frames to it: GRO merges no others with them, which nobody has checked */
+	__u8 detour_source[6]; /* of our frames to it; secret, because GRO merges frames of one source alone, and asks nobody */
 } settings SEC(".rodata.settings") = {};
 
 /*
@@ -58,6 +58,7 @@ struct peer4 {
 	__u64 tx_packets, tx_bytes;
 	__u8 pad2[CACHE_LINE - 16];
 	__u64 rx_packets, rx_bytes;
+	struct passage passage; /* of its packets through the VXLAN device */
 };
 
 struct peer6 {
@@ -71,6 +72,7 @@ struct peer6 {
 	__u64 tx_packets, tx_bytes;
 	__u8 pad2[CACHE_LINE - 16];
 	__u64 rx_packets, rx_bytes;
+	struct passage passage; /* of its packets through the VXLAN device */
 };
 
 struct subnet4 {
@@ -125,6 +127,7 @@ enum counter {
 	TO_ENGINE,    /* a packet for the TUN's reader: no peer known, too big, no way known, not plain */
 	FROM_ENGINE,  /* a datagram for a socket's reader: fragments, options, several packets, rows */
 	DETOURED,     /* of what came in, sent through the VXLAN device */
+	UNDETOURED,   /* of what came in, not sent there because nothing comes out */
 	DROP_TTL,     /* the inner packet has lived long enough */
 	DROP_UNKNOWN, /* the datagram's sender is no peer */
 	DROP_SPOOFED, /* the sender is a peer, the inner source is not in its subnet */

@@ -3,7 +3,7 @@
  * The fast path of the udp backend (docs/backends/udp.md): programs for tc, one object, because they share maps.
  *
  *	container --> TUN egress: loden_encap --> underlay's interface ~~~~> ingress: loden_decap --> TUN --> container
- *	                                                      super-packets: a VXLAN device's ingress: loden_detour ^
+ *	                                   TCP and super-packets by a VXLAN device, at its ingress: loden_detour ^
  */
 #include <stdbool.h>
 #include <stddef.h>

@@ -29,7 +29,7 @@ from loden.tables.udp_bpf import DECAPSULATE, DETOUR, ENCAPSULATE, FastPath, Set
 from loden.tables.udp_detour import detour_link, new_source
 from loden.tables.udp_sockets import open_bound
 from tests.kernel.datagrams import WIRES, Wire, ethernet, udp
-from tests.kernel.kernel import command, ip, link_json, require_bpf, run
+from tests.kernel.kernel import command, ip, link_json, require_bpf, run, until
 
 _ETH_P_ALL = 3
 PATIENCE_S = 10.0
@@ -41,7 +41,8 @@ _SOL_PACKET, _PACKET_AUXDATA, _PACKET_VNET_HDR = 263, 8, 15
 _TP_STATUS_CSUMNOTREADY = 8
 _FIN, _SYN, _RST, _PSH, _ACK = 1, 2, 4, 8, 16
 _STAMPS = bytes((1, 1, 8, 10)) + bytes(8)
-_DETOUR, _DETOUR_BYTES = 0x4C4F444E, 22  # native/bpf/detour.h: the mark, and what its headers take
+# native/bpf/detour.h: the mark, what its headers take, and how many packets that are lost close it.
+_DETOUR, _DETOUR_BYTES, _MOST_MISSED = 0x4C4F444E, 22, 3
 MTU = 65535
 
 
@@ -219,6 +220,16 @@ class PathOnDevices:
             ip("link delete c0")
 
     @contextmanager
+    def nothing_of_the_first_peer_passes_input(self) -> Iterator[None]:
+        family = "ip" if self.wire.family is Family.IPV4 else "ip6"
+        rule = f"type filter hook input priority 0; {family} saddr {self.peer()[1]} drop;"
+        command(f"nft add table inet strict {{ chain input {{ {rule} }}; }}")
+        try:
+            yield
+        finally:
+            command("nft delete table inet strict")
+
+    @contextmanager
     def counted(self) -> Iterator[dict[str, int]]:
         """The counters that move until something has."""
         counts: dict[str, int] = {}
@@ -229,9 +240,9 @@ class PathOnDevices:
             assert time.monotonic() < deadline, "nothing arrives"
         counts.update({name: after[name] - before[name] for name in after if after[name] != before[name]})
 
-    def addressed(self, packet: bytes, *, check: int = 0) -> bytes:
+    def addressed(self, packet: bytes, *, check: int = 0, number: int = 0) -> bytes:
         """The frame that brings a peer's packet; the stack would drop one with another host's address."""
-        _, remote, port = self.peer()
+        _, remote, port = self.peer(number)
         return self.mac + self.wire.datagram(packet, source=remote, port=port, check=check)[6:]
 
     def arrive(self, frame: bytes) -> dict[str, int]:
@@ -250,6 +261,11 @@ class PathOnDevices:
         after["rx_packets"] -= 1
         after["rx_bytes"] -= len(marker)
         return {name: after[name] - before[name] for name in after if after[name] != before[name]}
+
+
+def ways(counted: dict[str, int]) -> dict[str, int]:
+    """The counters about the detour."""
+    return {name: count for name, count in counted.items() if name.endswith("detoured")}
 
 
 def prefix_address(prefix: Prefix, host: int) -> str:
@@ -498,6 +514,7 @@ class TestIn:
 
     def test_segments_that_a_card_has_cut_are_merged(self, path: PathOnDevices) -> None:
         """As they would be behind a tunnel of the kernel's; what is for the host itself comes as it is."""
+        path.arrive(path.addressed(path.tcp(b"data")))
         command("ethtool -K wire tso off gso off")
         target = format_address(path.wire.inside)
         for whom, is_merged in (("", True), (target, False)):
@@ -570,6 +587,68 @@ class TestIn:
                 assert len(next(frames(path.near))) == len(packet)
         finally:
             command("nft delete table inet strict")
+
+    def test_detour_that_lets_nothing_of_a_peer_out_is_left_until_it_does(self, path: PathOnDevices) -> None:
+        """What is lost shows it, and in a while one packet more. Other peers' packets go on as they went."""
+        data, others = (path.addressed(path.tcp(b"data", number=number), number=number) for number in (0, 1))
+        for frame in (data, others):
+            assert ways(path.arrive(frame)) == {"detoured": 1}
+        with path.nothing_of_the_first_peer_passes_input():
+            for _ in range(_MOST_MISSED):
+                assert ways(path.arrive(data)) == {"detoured": 1}
+                assert path.came == []
+            run(until(lambda: ways(path.arrive(data)) == {"undetoured": 1}))
+            for frame, way in ((data, "undetoured"), (others, "detoured")) * 5:
+                assert ways(path.arrive(frame)) == {way: 1}
+                assert len(path.came) == 1
+        run(until(lambda: ways(path.arrive(data)) == {"detoured": 1}))
+        for _ in range(5):
+            assert len(path.came) == 1
+            assert ways(path.arrive(data)) == {"detoured": 1}
+        assert not any(one.passage.is_shut for one in path.path.peers())
+
+    def test_new_peer_loses_one_packet_at_most(self, path: PathOnDevices) -> None:
+        """Until one has come out of the detour nothing else goes there."""
+        data = path.addressed(path.tcp(b"data"))
+        with path.nothing_of_the_first_peer_passes_input():
+            for number in range(5):
+                assert ways(path.arrive(data)) == {"undetoured" if number else "detoured": 1}
+                assert len(path.came) == (number > 0)
+            assert not any(one.passage.is_shut for one in path.path.peers())  # for all that is known
+            run(until(lambda: ways(path.arrive(data)) == {"detoured": 1}))
+            assert path.came == []
+            assert ways(path.arrive(data)) == {"undetoured": 1}
+            subnet, (remote, port) = next(iter(path.wire.peers.items()))
+            path.put(subnet, remote, port, mtu=1400)
+            assert ways(path.arrive(data)) == {"undetoured": 1}, "a changed peer stays what it was"
+            assert [one.passage.is_shut for one in path.path.peers()].count(True) == 1
+
+    def test_peer_whose_detour_is_shut_loses_nothing_else(self, path: PathOnDevices) -> None:
+        """What does not need it is not counted, and opens nothing; nor do strangers' frames at its port."""
+        command("tc filter delete dev tun0.in ingress")
+        data, spare = (path.addressed(path.tcp(payload)) for payload in (b"data", b""))
+        run(until(lambda: ways(path.arrive(data)) == {"undetoured": 1}))
+        for frame in (spare, path.addressed(path.tcp(b"data"), check=0x1234)):
+            assert ways(path.arrive(frame)) == {}
+            assert len(path.came) == 1
+        detour = link_json(path.link.name)["ifindex"]
+        path.attach(detour, tc.Hook.INGRESS, DETOUR, path.path.detour.fd)
+        header = bytes((8, 0, 0, 0)) + path.link.vni.to_bytes(3, "big") + bytes(1)
+        forged = header + ethernet(path.tcp(b"data"))
+        frame = path.wire.datagram(forged, source=path.peer()[1], target_port=path.link.port)
+        before = [one.passage for one in path.path.peers()]
+        assert path.arrive(path.mac + frame[6:]) == {"unknown_peer": 1}
+        assert [one.passage for one in path.path.peers()] == before
+
+    def test_burst_shuts_nothing(self, path: PathOnDevices) -> None:
+        """More goes in at once than may be missed, and says nothing about when to try."""
+        path.arrive(path.addressed(path.tcp(b"data")))
+        tried = [(one.passage.wait_s, one.passage.next_ns) for one in path.path.peers()]
+        command("ethtool -K wire tso off gso off")
+        counted = path.arrive_whole(path.tcp(bytes(40_000)), size=1000)
+        assert counted["detoured"] == 40
+        assert "undetoured" not in counted
+        assert [(one.passage.wait_s, one.passage.next_ns) for one in path.path.peers()] == tried
 
     def test_frames_to_the_detour_have_a_source_that_nobody_can_guess(self, path: PathOnDevices) -> None:
         """GRO would merge others with them, in front of the program that tells them apart."""

@@ -3,8 +3,10 @@
 
 import errno
 import json
+import logging
 import os
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -131,6 +133,40 @@ class TestDetour:
                     assert next(it for it in frames(behind) if it.endswith(b"data"))  # it got so far
             with pytest.raises(TimeoutError):
                 victim.recv(100)
+
+    def test_that_nothing_comes_out_is_said_once_and_so_is_the_end_of_it(
+        self, kernel: UdpKernel, names: UdpNames, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        run(kernel.stand(*names.own(), names.peer(9)))
+        carrier, wire = kernel.carrier(names.device), WIRES[BOTH_EBPF.index(names)]
+        remote, port = next(iter(wire.peers.values()))
+        source = format_address(names.names.subnet(9).gateway)
+        segment = struct.pack("!HHIIBBHHH", 1, 2, 3, 4, 5 << 4, 0x10, 9, 0, 0) + b"data"
+        frame = wire.datagram(
+            wire.packet(source, wire.own_container, segment, protocol=6), source=remote, port=port
+        )
+        frame = bytes.fromhex(link_json("eth0")["address"].replace(":", "")) + frame[6:]
+
+        def reason() -> str:
+            """Why there is no detour, when one packet more has come in and everything been looked at."""
+            far.send(frame)
+            carrier.standing()
+            found = carrier.report()["detour_reason"]
+            assert isinstance(found, str)
+            return found
+
+        caplog.set_level(logging.INFO)
+        with listen("wire") as far:
+            command(f"tc filter delete dev {names.detour().name} ingress")
+            run(until(lambda: bool(reason())))
+            for _ in range(3):
+                assert reason().startswith(f"nothing from {names.names.subnet(9)} comes out of ")
+            run(kernel.reconciler.look())  # which puts the program back
+            run(until(lambda: not reason()))
+            for _ in range(3):
+                assert not reason()
+        told = [message for message in caplog.messages if "detour=" in message]
+        assert ["because" in message for message in told] == [True, False]
 
 
 class TestDrift:

@@ -97,7 +97,7 @@ class Udp:
 
     @classmethod
     async def lacks(cls, options: msgspec.Struct, families: Sequence[Family]) -> Lacks:
-        """Why eBPF programs do not carry packets here, or super-packets have no detour; with ``auto`` alone
+        """Why eBPF programs do not carry packets here, or there is no detour; with ``auto`` alone
         this makes a difference."""
         assert isinstance(options, Options)
         if options.acceleration != "auto":
@@ -176,7 +176,7 @@ class Udp:
         )
 
     def optional_entries(self, leg: Leg) -> Sequence[VxlanLink]:
-        """The device that super-packets of virtual wires go through: the programs alone need it."""
+        """The device that TCP of containers and super-packets go through: the programs alone need it."""
         family = leg.subnet.family
         if self._reason(family) or self._lack(family, DETOUR):
             return ()

@@ -102,8 +102,8 @@ class UdpTunnel(Entry, frozen=True, gc=False):
         acceleration: ``ebpf`` or ``engine``; ``auto`` is ebpf as far as that can be.
         allow_unknown: take in datagrams of whoever sends them.
         reason: why it is the engine, for people.
-        detour: the VXLAN device that super-packets of virtual wires go through; empty where there is none.
-        detour_reason: why there is none, for people.
+        detour: the VXLAN device that TCP of containers and super-packets go through; empty: none.
+        detour_reason: why there is none to be had, for people.
     """
 
     device: str

@@ -8,14 +8,18 @@
                       u8 detour_source[6]; };
     struct subnet4  { u32 length; u8 address[4]; };
     struct peer4    { u8 remote[4]; be16 port; u16 mtu; u32 device; u8 length, is_near, pad[50];
-                      u64 tx_packets, tx_bytes; u8 pad2[48]; u64 rx_packets, rx_bytes; };
+                      u64 tx_packets, tx_bytes; u8 pad2[48]; u64 rx_packets, rx_bytes;
+                      struct passage passage; };
     struct subnet6  { u32 length; u8 address[16]; };
     struct peer6    { u8 remote[16]; be16 port; u16 mtu; u32 device; u8 length, is_near, pad[38];
-                      u64 tx_packets, tx_bytes; u8 pad2[48]; u64 rx_packets, rx_bytes; };
+                      u64 tx_packets, tx_bytes; u8 pad2[48]; u64 rx_packets, rx_bytes;
+                      struct passage passage; };
+    struct passage  { u32 missed, wait; u64 since, next; };
     struct remote   { u8 address[16]; be16 port; u16 pad; };
 """
 
 import struct
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,18 +36,23 @@ _IMAGE = Path(__file__).with_name("udp.bpf.o")
 ENCAPSULATE, DECAPSULATE, DETOUR = f"{tc.PREFIX}encap", f"{tc.PREFIX}decap", f"{tc.PREFIX}detour"
 
 #: ``enum counter`` in native/bpf/maps.h, in its order; the reasons for drops have the engine's names.
+DROPS = ("ttl", "unknown_peer", "spoofed", "truncated", "version", "length", "checksum", "failed")
 COUNTERS = (
     *("tx_packets", "tx_bytes", "rx_packets", "rx_bytes"),
-    *("to_engine", "from_engine", "detoured"),
-    *("ttl", "unknown_peer", "spoofed", "truncated", "version", "length", "checksum", "failed"),
+    *("to_engine", "from_engine", "detoured", "undetoured"),
+    *DROPS,
 )
 
 _SETTINGS = struct.Struct("=4s16s2sBxI4s16s4s2s6s")
 _SUBNET = {Family.IPV4: struct.Struct("=I4s"), Family.IPV6: struct.Struct("=I16s")}
 _PEER = {
-    Family.IPV4: struct.Struct("=4s2sHI2B50x2Q48x2Q"),
-    Family.IPV6: struct.Struct("=16s2sHI2B38x2Q48x2Q"),
+    Family.IPV4: struct.Struct("=4s2sHI2B50x2Q48x2Q2I2Q"),
+    Family.IPV6: struct.Struct("=16s2sHI2B38x2Q48x2Q2I2Q"),
 }
+#: The limits of native/bpf/passage.h.
+_MOST_MISSED, _PATIENCE_NS = 3, 100_000_000
+#: How long after a try was due nothing is said for want of one.
+_LATELY_NS = 5_000_000_000
 _REMOTE = struct.Struct("=16s2s2x")
 _COUNT = struct.Struct("=I")
 
@@ -58,7 +67,7 @@ class Settings(msgspec.Struct, frozen=True):
         inside: this host's address in the container network, packed; the one behind it is taken for that of
             the containers' bridge.
         allow_unknown: take in datagrams of whoever sends them.
-        detour_port, detour_vni: of the VXLAN device that some packets go through; port 0: there is none.
+        detour_port, detour_vni: of the VXLAN device of detour.h; port 0: there is none.
         detour_source: the Ethernet source of what goes there, which nobody else may know; one device's, as
             the kernel drops others since Linux 6.9 (f58f45c1e5b9).
     """
@@ -97,6 +106,22 @@ class Traffic(msgspec.Struct, frozen=True):
     rx_bytes: int
 
 
+class Passage(msgspec.Struct, frozen=True):
+    """Whether what a peer sends comes out of the detour: ``struct passage`` of native/bpf/passage.h."""
+
+    missed: int = _MOST_MISSED
+    wait_s: int = 0
+    since_ns: int = 0
+    next_ns: int = 0
+
+    @property
+    def is_shut(self) -> bool:
+        """Whether nothing comes out, tried more than once and lately: who sends nothing tries nothing."""
+        now = time.monotonic_ns()
+        is_shut = self.missed > _MOST_MISSED + 1 and now - self.since_ns > _PATIENCE_NS
+        return is_shut and now < self.next_ns + _LATELY_NS
+
+
 class Standing(msgspec.Struct, frozen=True):
     """A peer as the map has it: *index* is of the outgoing interface."""
 
@@ -107,6 +132,7 @@ class Standing(msgspec.Struct, frozen=True):
     mtu: int
     is_near: bool
     traffic: Traffic
+    passage: Passage
 
 
 class FastPath:
@@ -155,9 +181,11 @@ class FastPath:
         is_moved = before is None or (before.remote, before.port) != (peer.remote, peer.port)
         if is_moved:
             self._count_remote(peer.remote, peer.port, 1)
-        counted = msgspec.structs.astuple(before.traffic) if before is not None else (0, 0, 0, 0)
+        traffic = Traffic(0, 0, 0, 0) if before is None else before.traffic
+        passage = Passage() if before is None or is_moved else before.passage
+        kept = (*msgspec.structs.astuple(traffic), *msgspec.structs.astuple(passage))
         value = _PEER[family].pack(
-            peer.remote, port, peer.mtu, index, peer.subnet.length, peer.is_near, *counted
+            peer.remote, port, peer.mtu, index, peer.subnet.length, peer.is_near, *kept
         )
         try:
             self._peers(family).put(_key(peer.subnet), value)
@@ -227,6 +255,14 @@ def _key(subnet: Prefix) -> bytes:
 
 def _parse(address: bytes, value: bytes) -> Standing:
     """A peer as its value and the first address of its subnet tell it."""
-    remote, port, mtu, index, length, is_near, *traffic = _PEER[Family.of(address)].unpack(value)
-    subnet = Prefix.of(address, length)
-    return Standing(subnet, remote, int.from_bytes(port, "big"), index, mtu, bool(is_near), Traffic(*traffic))
+    remote, port, mtu, index, length, is_near, *rest = _PEER[Family.of(address)].unpack(value)
+    return Standing(
+        Prefix.of(address, length),
+        remote,
+        int.from_bytes(port, "big"),
+        index,
+        mtu,
+        bool(is_near),
+        Traffic(*rest[:4]),
+        Passage(*rest[4:]),
+    )

@@ -11,7 +11,7 @@ import errno as errnos
 import logging
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loden.address import Family, Prefix, format_address
@@ -75,6 +75,7 @@ class Carrier:
         self.engine: Engine | None = None
         self.fast: FastPath | None = None
         self.reason = ""  # why there is no fast path; empty where there is one
+        self._shut: Sequence[Prefix] = ()  # peers of whom nothing comes out of the detour
 
     def close(self) -> None:
         """Let go; programs that are attached stay."""
@@ -154,7 +155,10 @@ class Carrier:
         if self.fast is None:
             return dict(self._peers)
         found: dict[Prefix, UdpPeer] = {}
+        shut: list[Prefix] = []
         for one in self.fast.peers():
+            if one.passage.is_shut:
+                shut.append(one.subnet)
             known = self._peers.get(one.subnet)
             is_known = known is not None and (
                 (known.remote, known.port, known.mtu, known.is_near, self._index(known))
@@ -167,6 +171,7 @@ class Carrier:
                 found[one.subnet] = UdpPeer(
                     self.entry.device, one.subnet, one.remote, one.port, device, one.mtu, is_near=one.is_near
                 )
+        self._tell_of_shut(shut)
         return found
 
     def report(self) -> dict[str, Any]:
@@ -189,9 +194,25 @@ class Carrier:
     @property
     def _no_detour(self) -> str:
         """Why packets do without the detour; empty where they need not."""
-        if self.fast is None or self.detour is not None:
+        if self.fast is None:
             return ""
-        return self.entry.detour_reason or f"no device {self.entry.detour} of ours is up"
+        if self.detour is None:
+            return self.entry.detour_reason or f"no device {self.entry.detour} of ours is up"
+        if not self._shut:
+            return ""
+        others = f" and {len(self._shut) - 1} more" if len(self._shut) > 1 else ""
+        return (
+            f"nothing from {self._shut[0]}{others} comes out of {self.entry.detour}: let UDP port"
+            f" {self.entry.port} in (PREROUTING, INPUT), with no strict rp_filter on {self.entry.underlay}"
+        )
+
+    def _tell_of_shut(self, shut: Sequence[Prefix]) -> None:
+        """Say in the log when the detour lets nothing of some peers out, and when it does again."""
+        before, self._shut = self._shut, shut
+        if shut and not before:
+            log.warning("udp device=%s detour=shut because=%r", self.entry.device, self._no_detour)
+        elif before and not shut:
+            log.info("udp device=%s detour=%s", self.entry.device, self._detour_name)
 
     def announce(self) -> None:
         """Say in the log what carries packets, and why nothing better does."""

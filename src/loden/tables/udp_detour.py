@@ -18,11 +18,10 @@ from loden.tables.entries import VxlanLink
 _VNI = 0x4C4F44
 #: The least that a device can have. With less than 1280 it has no IPv6, and sends nothing by itself.
 _MTU = 68
+#: The first byte of an Ethernet address that no manufacturer has given.
+_LOCAL = b"\x02"
 #: Nobody's in IANA's list, and one that root alone binds: nobody else gets packets while the device is down.
 _PORT = 285
-
-
-_LOCAL = b"\x02"  # the first byte of an Ethernet address that no manufacturer has given
 
 
 class Detour(msgspec.Struct, frozen=True):

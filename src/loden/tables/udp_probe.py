@@ -63,7 +63,7 @@ _ENDS = {
 
 @functools.cache
 def find_lacks(family: Family) -> Mapping[str, str]:
-    """Why a packet of this family does not come through (``ebpf``), or just no super-packet (``detour``).
+    """Why a packet of this family does not come through (``ebpf``), or just not by the detour (``detour``).
 
     It blocks for some hundredths of a second the first time, where all is well, and for seconds where a
     packet is lost. One failure may be a busy host's, two are not.
