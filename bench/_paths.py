@@ -5,7 +5,6 @@ from loden.address import Family
 from loden.lab.lab import Lab
 from loden.lab.probe import End
 from loden.lab.throughput import Path
-from loden.lab.wiring import container_address
 
 
 def fabric(lab: Lab) -> Path:
@@ -25,16 +24,7 @@ def underlay(lab: Lab) -> Path:
 
 def containers(lab: Lab) -> Path:
     """From the first host's first container to the second's."""
-    return Path(
-        *(
-            End(
-                host.containers[0].name,
-                host.containers[0].namespace,
-                container_address(lab.found[host.name].subnets[Family.IPV4], 0),
-            )
-            for host in lab.plan.hosts[:2]
-        )
-    )
+    return Path(*(lab.containers(host, Family.IPV4)[0] for host in lab.plan.hosts[:2]))
 
 
 def back(path: Path) -> Path:

@@ -219,7 +219,7 @@ def _require_reached(lab: Lab, *some: Host) -> None:
 
 def _unreached(lab: Lab, *some: Host) -> list[tuple[str, str]]:
     hosts = some or lab.plan.hosts
-    ends = [end for host in hosts for end in lab._containers(host, lab.plan.families[0])]
+    ends = [end for host in hosts for end in lab.containers(host, lab.plan.families[0])]
     answers = probe.all_pairs(ends, tries=2, patience_s=0.3)
     return [(one.source, one.target) for one in answers if one.rtt_ms is None]
 

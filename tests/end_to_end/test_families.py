@@ -310,7 +310,7 @@ def test_full_packets_pass_whole_and_one_byte_more_is_refused(family: Stack, bac
     with running(_spec(family, backend)) as lab:
         h1, h2 = lab.plan.hosts
         for one in family.families:
-            source, target = lab._containers(h1, one)[0], lab._containers(h2, one)[0]
+            source, target = lab.containers(h1, one)[0], lab.containers(h2, one)[0]
             open_socket = functools.partial(_udp, one)
             with (
                 namespaces.inside(source.namespace, open_socket) as sender,

@@ -40,7 +40,7 @@ _BACKENDS = [
 
 
 @pytest.fixture
-def make_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Spec]:
+def make_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Spec]:
     monkeypatch.setenv("LODEN_LAB_DIR", str(tmp_path))
 
     def make(backend: str, config: str) -> Spec:
@@ -60,28 +60,28 @@ def flanneld(store_url: str, subnet_file: Path) -> tuple[str, ...]:
 
 
 def containers(lab: Lab) -> list[probe.End]:
-    return [lab._containers(host, Family.IPV4)[0] for host in lab.plan.hosts]
+    return [lab.containers(host, Family.IPV4)[0] for host in lab.plan.hosts]
 
 
 @pytest.mark.parametrize("theirs", [("h1",), ("h2", "h3")], ids="+".join)
 @pytest.mark.parametrize(("backend", "config"), _BACKENDS)
 def test_their_hosts_and_ours_reach_each_other(
-    make_lab: Callable[[str, str], Spec], backend: str, config: str, theirs: tuple[str, ...]
+    make_spec: Callable[[str, str], Spec], backend: str, config: str, theirs: tuple[str, ...]
 ) -> None:
     def launch(store_url: str, subnet_file: Path) -> tuple[str, ...]:
         return (flanneld if subnet_file.parent.name in theirs else loden_run)(store_url, subnet_file)
 
-    with running(make_lab(backend, config), launch=launch, ready_s=_READY_S) as lab:
+    with running(make_spec(backend, config), launch=launch, ready_s=_READY_S) as lab:
         assert lab.check().reachable
         require_all_kinds(containers(lab))
 
 
 @pytest.mark.parametrize(("backend", "config"), _BACKENDS)
 def test_host_by_host_a_cluster_becomes_ours_and_theirs_again(
-    make_lab: Callable[[str, str], Spec], backend: str, config: str
+    make_spec: Callable[[str, str], Spec], backend: str, config: str
 ) -> None:
     """With the subnets that its containers have. The way back begins with ``loden run --cleanup``."""
-    with running(make_lab(backend, config), launch=flanneld, ready_s=_READY_S) as lab:
+    with running(make_spec(backend, config), launch=flanneld, ready_s=_READY_S) as lab:
         require_all_kinds(containers(lab))
         subnets = {name: found.subnets for name, found in lab.found.items()}
         for launch in (loden_run, flanneld):

@@ -208,7 +208,7 @@ def test_every_family_carries_everything(
     with running(spec) as lab:
         assert lab.check().reachable
         for family in stack.families:
-            require_all_kinds([lab._containers(host, family)[0] for host in lab.plan.hosts])
+            require_all_kinds([lab.containers(host, family)[0] for host in lab.plan.hosts])
         for host in lab.plan.hosts:
             for family in stack.families:
                 said = f"udp acceleration={acceleration} device={DEVICES[family]} "

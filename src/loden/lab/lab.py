@@ -166,9 +166,7 @@ class Lab:
         measured = throughput.measure(
             underlay=throughput.Path(_own(first, family), _own(second, family)),
             overlay=throughput.Path(self._gateway(first, family), self._gateway(second, family)),
-            container=throughput.Path(
-                self._containers(first, family)[0], self._containers(second, family)[0]
-            ),
+            container=throughput.Path(self.containers(first, family)[0], self.containers(second, family)[0]),
             round_s=round_s,
             on_round=_counter("measure throughput", 3 * throughput.ROUNDS, progress),
         )
@@ -179,15 +177,16 @@ class Lab:
         sender, peer = pair.source.partition("-")[0], pair.target.partition("-")[0]
         return complaints(self.state.log_lines(sender), [str(it) for it in self.found[peer].subnets.values()])
 
-    def _all_containers(self, family: Family) -> list[probe.End]:
-        return [end for host in self.plan.hosts for end in self._containers(host, family)]
-
-    def _containers(self, host: Host, family: Family) -> list[probe.End]:
+    def containers(self, host: Host, family: Family) -> list[probe.End]:
+        """A host's containers, each with its address of a family."""
         subnet = self.found[host.name].subnets[family]
         return [
             probe.End(container.name, container.namespace, container_address(subnet, index))
             for index, container in enumerate(host.containers)
         ]
+
+    def _all_containers(self, family: Family) -> list[probe.End]:
+        return [end for host in self.plan.hosts for end in self.containers(host, family)]
 
     def _gateway(self, host: Host, family: Family) -> probe.End:
         address = self.found[host.name].subnets[family].gateway
