@@ -26,7 +26,7 @@ from loden.tables.entries import UdpPeer
 from loden.tables.netlink import Netlink
 from loden.tables.tun import open_queue
 from loden.tables.udp_bpf import DECAPSULATE, DETOUR, ENCAPSULATE, FastPath, Settings
-from loden.tables.udp_detour import detour_link, new_source
+from loden.tables.udp_detour import detour_link
 from loden.tables.udp_sockets import open_bound
 from tests.kernel.datagrams import WIRES, Wire, ethernet, udp
 from tests.kernel.kernel import command, ip, link_json, require_bpf, run, until
@@ -60,7 +60,6 @@ class PathOnDevices:
         self.far_mac = bytes.fromhex(link_json("wire")["address"].replace(":", ""))
         self.link = detour_link("tun0", "eth0", parse_address(wire.own))
         assert run(Devices(self.requests).put([self.link])) == {}
-        self.source = new_source()
         self.path = FastPath(
             Settings(
                 parse_address(wire.own),
@@ -70,7 +69,6 @@ class PathOnDevices:
                 allow_unknown,
                 detour_port=self.link.port,
                 detour_vni=self.link.vni,
-                detour_source=self.source,
             )
         )
         for subnet, (remote, port) in wire.peers.items():
@@ -654,9 +652,11 @@ class TestIn:
         """GRO would merge others with them, in front of the program that tells them apart."""
         with listen(path.link.name) as behind:
             path.arrive(path.addressed(path.tcp(b"data")))
-            assert next(frames(behind))[6:12] == path.source
-        assert new_source() != new_source()
-        assert path.source[0] & 3 == 2  # local, and one device's
+            source = next(frames(behind))[6:12]
+        assert source == path.path.settings.detour_source
+        assert source[0] & 3 == 2  # local, and one device's
+        other = Settings(parse_address(path.wire.own), path.wire.port, path.tun, path.wire.inside)
+        assert other.detour_source != source
 
     def test_tcp_for_the_host_itself_goes_the_short_way(self, path: PathOnDevices) -> None:
         for host in range(3):

@@ -127,6 +127,12 @@ def test_drops_are_counted_under_the_engines_names() -> None:
     assert set(udp_bpf.DROPS) - set(engine.drop_reasons()) == {"failed"}
 
 
+def test_limits_are_the_same_on_both_sides() -> None:
+    text = HEADER.with_name("passage.h").read_text()
+    found = dict(re.findall(r"^#define (MOST_MISSED|PATIENCE_NS) (\d+)", text, re.MULTILINE))
+    assert found == {"MOST_MISSED": str(udp_bpf._MOST_MISSED), "PATIENCE_NS": str(udp_bpf._PATIENCE_NS)}
+
+
 def test_other_byte_order_is_named() -> None:
     image = bytearray(OBJECT.read_bytes())
     image[5] = {"little": 2, "big": 1}[sys.byteorder]

@@ -18,6 +18,7 @@
     struct remote   { u8 address[16]; be16 port; u16 pad; };
 """
 
+import secrets
 import struct
 import time
 from collections.abc import Iterable
@@ -55,6 +56,9 @@ _MOST_MISSED, _PATIENCE_NS = 3, 100_000_000
 _LATELY_NS = 5_000_000_000
 _REMOTE = struct.Struct("=16s2s2x")
 _COUNT = struct.Struct("=I")
+#: How an Ethernet address begins that is one device's, as the kernel demands of a source since Linux 6.9
+#: (f58f45c1e5b9), and that no manufacturer has given.
+_LOCAL = b"\x02"
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -68,8 +72,8 @@ class Settings(msgspec.Struct, frozen=True):
             the containers' bridge.
         allow_unknown: take in datagrams of whoever sends them.
         detour_port, detour_vni: of the VXLAN device of detour.h; port 0: there is none.
-        detour_source: the Ethernet source of what goes there, which nobody else may know; one device's, as
-            the kernel drops others since Linux 6.9 (f58f45c1e5b9).
+        detour_source: the Ethernet source of what goes there, new for each: GRO merges frames of one source
+            in front of the program that asks each where it comes from, so nobody else may know it.
     """
 
     local: bytes
@@ -79,7 +83,7 @@ class Settings(msgspec.Struct, frozen=True):
     allow_unknown: bool = False
     detour_port: int = 0
     detour_vni: int = 0
-    detour_source: bytes = bytes(6)
+    detour_source: bytes = msgspec.field(default_factory=lambda: _LOCAL + secrets.token_bytes(5))
 
     def pack(self) -> bytes:
         is_ipv4 = Family.of(self.local) is Family.IPV4

@@ -23,7 +23,7 @@ from loden.tables.base import Failures
 from loden.tables.devices import Devices
 from loden.tables.entries import UdpPeer, UdpTunnel
 from loden.tables.tun import open_queue
-from loden.tables.udp_detour import Detour, find_detour, new_source
+from loden.tables.udp_detour import Detour, find_detour
 from loden.tables.udp_sockets import merge, open_bound
 
 if TYPE_CHECKING:
@@ -315,7 +315,6 @@ def _load_programs(carrier: Carrier, devices: Devices) -> None:
             allow_unknown=entry.allow_unknown,
             detour_port=detour.port,
             detour_vni=detour.vni,
-            detour_source=new_source(),
         )
         carrier.fast = FastPath(settings)
     except KernelError as error:

@@ -6,8 +6,6 @@ over a virtual wire, it clears a tunnel's marks; of what a program redirects it 
 this device, and whatever else finds its port is dropped behind it.
 """
 
-import secrets
-
 import msgspec
 
 from loden.address import Family
@@ -18,8 +16,6 @@ from loden.tables.entries import VxlanLink
 _VNI = 0x4C4F44
 #: The least that a device can have. With less than 1280 it has no IPv6, and sends nothing by itself.
 _MTU = 68
-#: The first byte of an Ethernet address that no manufacturer has given.
-_LOCAL = b"\x02"
 #: Nobody's in IANA's list, and one that root alone binds: nobody else gets packets while the device is down.
 _PORT = 285
 
@@ -50,15 +46,6 @@ def detour_link(device: str, underlay: str, local: bytes) -> VxlanLink:
         port=_PORT,
         zero_checksum=Family.of(local) is Family.IPV6,
     )
-
-
-def new_source() -> bytes:
-    """An Ethernet address for what the programs send to the device.
-
-    GRO merges frames with the same addresses, in front of the program that asks each where it comes from:
-    with one that can be guessed, a stranger's segment might get past it as a part of a peer's.
-    """
-    return _LOCAL + secrets.token_bytes(5)
 
 
 def find_detour(devices: Devices, name: str) -> Detour | None:

@@ -34,7 +34,7 @@ from loden.tables.neighbours import NeighbourTable
 from loden.tables.netlink import Netlink, attribute, nested
 from loden.tables.tun import open_queue
 from loden.tables.udp_bpf import DECAPSULATE, DETOUR, ENCAPSULATE, FastPath, Settings
-from loden.tables.udp_detour import detour_link, new_source
+from loden.tables.udp_detour import detour_link
 
 _CLONE_NEWNET = 0x40000000
 _ETH_P_ALL = 3
@@ -116,17 +116,7 @@ async def _send(requests: Netlink, family: Family) -> str:
         tun, near, far, detour = (devices.index(name) or 0 for name in (_TUN, _NEAR, _FAR, link.name))
         # What the far end takes in is for its own address: each end has programs of its own.
         sender = FastPath(Settings(here, _PORT, tun, source))
-        receiver = FastPath(
-            Settings(
-                there,
-                _PORT,
-                tun,
-                here,
-                detour_port=link.port,
-                detour_vni=link.vni,
-                detour_source=new_source(),
-            )
-        )
+        receiver = FastPath(Settings(there, _PORT, tun, here, detour_port=link.port, detour_vni=link.vni))
         stack.callback(sender.close)
         stack.callback(receiver.close)
         sender.put(UdpPeer(_TUN, Prefix(target, family.bits), there, _PORT, _NEAR, is_near=True), near)
