@@ -6,7 +6,7 @@ table::
 
     route     10.5.0.0/16 dev flannel0                          every subnet, known or not
     peer      10.5.9.0/24 at 192.0.2.9 port 8285 dev eth0       the peer's subnet, and the peer
-    link      flannel0.in type vxlan                            what virtual wires did not cut goes through it
+    link      flannel0.in type vxlan                            TCP of containers and super-packets pass it
 
 A peer behind a narrow path has a route of its own besides, with the MTU that is left, so that the kernel
 tells senders what fits.
